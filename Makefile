@@ -1,0 +1,69 @@
+# Everything a person types. `make help` lists it.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= config.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-engine check lint format bench bench-quick bench-routing lock clean
+
+help: ## This list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(VENV)/.base ## Install what is locked and serve on 127.0.0.1:8080 with config.yaml
+	@$(BIN)/headgate serve --config $(CONFIG)
+
+test: $(VENV)/.dev ## Install what the tests need and run them all (under five minutes)
+	@tests/setup
+	@$(BIN)/pytest -n 6 --dist worksteal -m "not engine"
+
+test-engine: $(VENV)/.dev ## Install CPU vLLM (2.5 GB, once) and run what needs a real engine
+	@tests/engine/setup
+	@$(BIN)/pytest -m engine tests/engine
+
+lint: $(VENV)/.dev ## Format, lint and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+# Most tests wait rather than compute, so there are more at a time than cores.
+check: lint ## Format, lint, types, architecture and unit tests (under a minute)
+	@$(BIN)/pytest -n 4 --dist worksteal -m "not engine and not e2e and not chaos" --ignore tests/e2e --ignore tests/chaos --ignore tests/engine
+
+format: $(VENV)/.dev ## Format and fix what can be fixed
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev ## Measure against nginx on the same core, write bench/RESULTS.md (about ten minutes)
+	@$(BIN)/python -m bench
+
+bench-quick: $(VENV)/.dev ## The same in about two minutes, nothing written
+	@$(BIN)/python -m bench --quick
+
+bench-routing: $(VENV)/.dev ## Judge the placement policies in simulation, write bench/routing/RESULTS.md (four minutes of one core)
+	@$(BIN)/python -m bench.routing
+
+lock: ## Pin every version again (the base install with hashes)
+	@$(PYTHON) -m venv $(VENV)/.lock && $(VENV)/.lock/bin/pip install -q pip-tools
+	@$(PYTHON) tests/support/requirements_in.py > requirements.in
+	@$(VENV)/.lock/bin/pip-compile -q -U --generate-hashes --no-emit-index-url --no-emit-find-links --no-header \
+		--strip-extras --allow-unsafe -o requirements.lock requirements.in
+	@$(VENV)/.lock/bin/pip-compile -q -U --no-emit-index-url --no-emit-find-links --no-header \
+		--strip-extras --allow-unsafe -c requirements.lock -o requirements-dev.lock requirements-dev.in
+
+clean: ## Remove the virtual environments and build results (not the data in .headgate)
+	@rm -rf $(VENV) .venv-engine build bench/build *.egg-info .mypy_cache .ruff_cache
+
+$(VENV)/.base: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Headgate needs Python 3.11 or newer; this is " + sys.version.split()[0] + " (set PYTHON=...)" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
+	@echo "Installing the locked dependencies into $(VENV) ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base requirements-dev.lock
+	@echo "Installing what the tests need ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-dev.lock
+	@touch $@

@@ -1,0 +1,78 @@
+"""What an engine says of its own load: vLLM's `/metrics` page and its `/load`, read for the few figures that matter.
+
+Knows the names, not the HTTP. The page has thousands of lines, so it is searched, not parsed.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import msgspec
+
+_RUNNING: Final = b"num_requests_running"
+_WAITING: Final = b"num_requests_waiting"
+_KV: Final = (b"kv_cache_usage_perc", b"gpu_cache_usage_perc")  # the newer name, the older
+_SAMPLE: Final = re.compile(rb"([^}\n]*)\} +([0-9.eE+-]+)\s*(?:\n|$)")
+_ENGINE: Final = re.compile(rb'(?:^|,)engine="(\d{1,6})"')
+
+
+class EngineLoad(NamedTuple):
+    """Of one engine (data-parallel rank), or of all behind an address. `kv_usage` is a share of its KV memory, 0..1."""
+
+    running: int
+    waiting: int
+    kv_usage: float
+
+    def __add__(self, other: object) -> "EngineLoad":
+        """Of two together; as full as the fuller."""
+        if not isinstance(other, EngineLoad):
+            return NotImplemented
+        return EngineLoad(
+            self.running + other.running, self.waiting + other.waiting, max(self.kv_usage, other.kv_usage)
+        )
+
+
+_MOST: Final = 1e9
+_NOTHING: Final = EngineLoad(0, 0, 0.0)
+
+
+class _ServerLoad(msgspec.Struct):
+    server_load: int
+
+
+_SERVER_LOAD: Final = msgspec.json.Decoder(_ServerLoad)
+
+
+def read_metrics(page: bytes) -> dict[int, EngineLoad]:
+    """By the `engine` label (0 where there is none); empty if this is no page of vLLM's. Several models add up."""
+    loads: dict[int, EngineLoad] = {}
+    for engine, value in _samples(page, _RUNNING):
+        loads[engine] = loads.get(engine, _NOTHING) + EngineLoad(int(value), 0, 0.0)
+    for engine, value in _samples(page, _WAITING):
+        loads[engine] = loads.get(engine, _NOTHING) + EngineLoad(0, int(value), 0.0)
+    for name in _KV:
+        for engine, value in _samples(page, name):
+            loads[engine] = loads.get(engine, _NOTHING) + EngineLoad(0, 0, min(max(value, 0.0), 1.0))
+    return loads
+
+
+def _samples(page: bytes, name: bytes) -> Iterator[tuple[int, float]]:
+    start = b"vllm:" + name + b"{"
+    at = page.find(start)
+    while at >= 0:
+        at += len(start)
+        sample = _SAMPLE.match(page, at)
+        if sample is not None:
+            engine = _ENGINE.search(sample[1])
+            with contextlib.suppress(ValueError):
+                yield int(engine[1]) if engine else 0, min(float(sample[2]), _MOST)
+        at = page.find(start, at)
+
+
+def read_load(body: bytes) -> EngineLoad | None:
+    """Of `/load`, which counts requests and nothing else (and only with `--enable-server-load-tracking`)."""
+    try:
+        return EngineLoad(max(0, _SERVER_LOAD.decode(body).server_load), 0, 0.0)
+    except msgspec.DecodeError:
+        return None

@@ -1,0 +1,83 @@
+"""What is known of one endpoint's load and health, right now and in this process.
+
+Counted figures are exact and immediate; scraped ones are the engine's own and hold until `fresh_until`, after
+which nobody may act on them. Owns the numbers, not what is concluded from them: that is `policies.placement`.
+No clock, no I/O: a simulation makes these as the gateway does.
+"""
+
+from typing import Final
+
+# The share of one that is out and may be chosen all the same: for a trial, or because all are out.
+LEAST_HEALTH: Final = 0.01
+
+
+class EndpointLoad:
+    """One endpoint as a placement policy sees it.
+
+    `name` is opaque to clients (`demo/0`); `hash_key` is what sessions are hashed with, the same in every process.
+    """
+
+    __slots__ = (
+        "fresh_until",
+        "hash_key",
+        "health",
+        "in_flight",
+        "is_draining",
+        "kv_usage",
+        "max_in_flight",
+        "max_waiting",
+        "name",
+        "processes",
+        "running",
+        "scraped_at",
+        "uncached_tokens",
+        "waiting",
+        "weight",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        hash_key: bytes,
+        *,
+        weight: float = 1.0,
+        max_in_flight: int = 0,
+        max_waiting: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.name = name
+        self.hash_key = hash_key
+        self.weight = weight  # share of sessions and load, relative to the other endpoints of the pool
+        self.max_in_flight = max_in_flight  # of all processes together; 0: no limit known
+        self.max_waiting = (
+            max_waiting  # in the engine's own queue at which it counts as full; 0: not looked at
+        )
+        self.processes = processes  # gateway processes that send here, each counting only its own
+        # Counted by this process, before dispatch, through `policies.placement.hold`.
+        self.in_flight = 0
+        self.uncached_tokens = 0  # of prompts whose first token is not there yet
+        # Scraped: of the engine itself, whoever sent the requests.
+        self.running = 0
+        self.waiting = 0
+        self.kv_usage = 0.0  # 0..1
+        self.scraped_at = 0.0  # 0: never
+        self.fresh_until = 0.0
+        # Written by health checking: 1 whole, between 0 and 1 warming up, 0 out.
+        self.health = 1.0
+        self.is_draining = False  # by the operator's word: finishes what it has
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it can ever be full."""
+        return self.max_in_flight > 0 or self.scraped_at > 0.0
+
+    def requests(self, now: float) -> int:
+        """In flight at the endpoint, from all processes: the greater of what we know and what it says itself.
+
+        A late scrape cannot erase what was just sent, and what other gateways sent is not overlooked.
+        """
+        counted = self.in_flight * self.processes
+        if now >= self.fresh_until:
+            return counted
+        scraped = self.running + self.waiting
+        return max(counted, scraped)

@@ -1,0 +1,13 @@
+"""SGLang: the engine of a pool."""
+
+from backends.dialect import CHAT, COMPLETIONS, EMBEDDINGS
+from backends.provider import Provider, paths
+
+PROVIDER = Provider(
+    name="sglang",
+    base_url="",
+    paths=paths(CHAT, COMPLETIONS, EMBEDDINGS),
+    forwards=frozenset({"traceparent", "tracestate"}),
+    health_path="/health",
+    docs="https://docs.sglang.io/basic_usage/openai_api.html",
+)

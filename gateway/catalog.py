@@ -1,0 +1,210 @@
+"""From the configuration to what can be sent to: endpoints, pools, models, the catalog.
+
+Endpoints whose settings did not change survive a reload with their connections and their load; the others are
+forgotten, and close their connections when they have been idle. Knows no provider by name.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import product
+from typing import Final
+
+from backends.config import PoolSettings
+from backends.health_config import HealthConfig
+from backends.placement_config import PlacementConfig
+from backends.pool import Endpoint, Pool
+from backends.transport import ConnectionPool, Origin
+from gateway.config import Config, TargetConfig
+from policies import price_catalogue
+from policies.placement.placer import Placer
+from policies.placement.registry import placer
+from policies.prices import UNKNOWN, Price, PriceBook, PriceConfig
+from policies.routing import Catalog, Model, Target
+
+# Names resolved by a wildcard are a client's to choose: remember few of them.
+_MAX_RESOLVED: Final = 1024
+
+
+class Upstreams:
+    """The endpoints in use, by pool and address. One per worker, for its whole life."""
+
+    def __init__(self, processes: int = 1) -> None:
+        """`processes`: how many of ours, each with Upstreams of its own, send to the same endpoints."""
+        self._endpoints: dict[tuple[str, str, int], tuple[PoolSettings, Endpoint]] = {}
+        self._processes = processes
+
+    def pools(self, settings: Iterable[PoolSettings]) -> dict[str, Pool]:
+        """The pools of this configuration, by name; endpoints of others are dropped."""
+        kept: dict[tuple[str, str, int], tuple[PoolSettings, Endpoint]] = {}
+        pools: dict[str, Pool] = {}
+        for pool in settings:
+            # Another replica in the list changes nothing for this one, nor does how it is chosen.
+            shared = replace(
+                pool, base_urls=(), weights=(), placement=PlacementConfig(), health=HealthConfig()
+            )
+            addresses = list(product(pool.base_urls, range(pool.ranks)))
+            for number, (url, rank) in enumerate(addresses):
+                # Opaque: an address is nobody's business, and a provider's account is a pool of one.
+                name = pool.name if len(addresses) == 1 else f"{pool.name}/{number}"
+                known = self._endpoints.get((pool.name, url, rank))
+                if known is not None and known[0] == shared:
+                    endpoint = known[1]
+                    endpoint.name = name
+                else:
+                    endpoint = _endpoint(shared, name, url, rank)
+                endpoint.weight = pool.weights[number // pool.ranks] if pool.weights else 1.0
+                endpoint.max_in_flight = pool.placement.max_in_flight
+                endpoint.max_waiting = pool.placement.max_waiting
+                endpoint.processes = self._processes
+                kept[pool.name, url, rank] = (shared, endpoint)
+            endpoints = tuple(kept[pool.name, url, rank][1] for url, rank in addresses)
+            pools[pool.name] = Pool(pool.name, endpoints, is_salted=pool.is_salted)
+        self._endpoints = kept
+        return pools
+
+    def endpoints(self) -> list[Endpoint]:
+        return [endpoint for _, endpoint in self._endpoints.values()]
+
+    async def close(self) -> None:
+        for endpoint in self.endpoints():
+            await endpoint.connections.close()
+
+
+class Placers:
+    """What remembers where the sessions of each pool's models are. One per worker, for its whole life."""
+
+    def __init__(self) -> None:
+        self._placers: dict[tuple[str, str], tuple[PlacementConfig, Placer]] = {}
+
+    def find(self, pool: Pool, settings: PlacementConfig, upstream_model: str) -> Placer | None:
+        """None where there is no choice. Other settings make another, which remembers nothing."""
+        if len(pool.endpoints) < 2:
+            return None
+        known = self._placers.get((pool.name, upstream_model))
+        if known is None or known[0] != settings:
+            known = self._placers[pool.name, upstream_model] = (settings, placer(settings))
+        return known[1]
+
+
+def _endpoint(pool: PoolSettings, name: str, url: str, rank: int) -> Endpoint:
+    origin, base_path = Origin.parse(url, proxy=pool.proxy, ca_file=pool.ca_file, verify=pool.verify)
+    endpoint = Endpoint(name, pool.provider, ConnectionPool(origin), base_path, pool.api_key, pool.deadlines)
+    endpoint.take_keys(pool.more_api_keys)
+    if pool.ranks > 1:
+        endpoint.be_rank(rank)
+    return endpoint
+
+
+class CatalogBuilder:
+    """Builds the catalog of one configuration. Prices are looked up once per target, here."""
+
+    def __init__(
+        self,
+        config: Config,
+        pools: Mapping[str, Pool],
+        prices: PriceBook,
+        now_time: int,
+        placers: Placers | None = None,
+    ) -> None:
+        self._placers = placers or Placers()
+        self._config = config
+        self._pools = pools
+        self._prices = prices
+        self._now_time = now_time
+        self._providers = config.enabled_providers()
+        self._resolved: OrderedDict[str, Model] = OrderedDict()
+
+    def catalog(self) -> Catalog:
+        """The models that are declared, then `{provider}/{model}` of what each enabled provider is known to have."""
+        models: dict[str, Model] = {}
+        for name, targets in self._config.served_models().items():
+            declared = self._config.models[name]
+            built = tuple(self._target(name, target, declared.price) for target in targets)
+            for public in (name, *declared.aliases):
+                models[public] = Model(public, built, created_time=self._now_time)
+        for provider, settings in self._providers.items():
+            for upstream in price_catalogue.names(settings.provider.prices or ""):
+                name = f"{provider}/{upstream}"
+                if name not in models and _offers(settings, upstream):
+                    models[name] = self._wildcard(name, provider, upstream)
+        return Catalog(models.values(), self._resolve)
+
+    def passthrough(self) -> dict[str, Model]:
+        """By provider name, the model that stands for all of a provider's own paths."""
+        return {
+            name: Model(f"{name}/*", (Target(name, self._pools[name], "*", UNKNOWN),))
+            for name, settings in self._providers.items()
+            if settings.passthrough
+        }
+
+    def _target(self, name: str, target: TargetConfig, price: PriceConfig | None) -> Target:
+        upstream_model = target.model or name
+        pool = self._pools[target.upstream]
+        built = Target(
+            target.upstream,
+            pool,
+            upstream_model,
+            self._price(target.upstream, upstream_model, target.price or price),
+            self._placers.find(pool, self._placement(target.upstream), upstream_model),
+        )
+        if target.deadlines is not None:
+            built.deadlines = target.deadlines.over(pool.endpoints[0].deadlines)
+        return built
+
+    def _placement(self, upstream: str) -> PlacementConfig:
+        pool = self._config.pools.get(upstream)
+        return pool.placement if pool is not None else PlacementConfig()
+
+    def _price(self, upstream: str, upstream_model: str, declared: PriceConfig | None) -> Price:
+        provider = self._providers.get(upstream)
+        declared = declared or self._override(upstream, upstream_model)
+        return self._prices.price(provider.provider.prices if provider else None, upstream_model, declared)
+
+    def _override(self, upstream: str, upstream_model: str) -> PriceConfig | None:
+        """The longest match among `prices.overrides`."""
+        name = f"{upstream}/{upstream_model}"
+        overrides = self._config.prices.overrides
+        if name in overrides:
+            return overrides[name]
+        matching = [p for p in overrides if p.endswith("*") and name.startswith(p[:-1])]
+        return overrides[max(matching, key=len)] if matching else None
+
+    def _resolve(self, name: str) -> Model | None:
+        """A name the catalog does not list: `{provider}/{model}`, or a bare name that one provider is known to have."""
+        found = self._resolved.get(name)
+        if found is not None:
+            self._resolved.move_to_end(name)
+            return found
+        provider, slash, upstream = name.partition("/")
+        settings = self._providers.get(provider) if slash else None
+        if settings is not None and upstream and _offers(settings, upstream):
+            model = self._wildcard(name, provider, upstream)
+        else:
+            owner = self._owner(name)
+            if owner is None:
+                return None
+            model = self._wildcard(name, owner, name)
+        self._resolved[name] = model
+        if len(self._resolved) > _MAX_RESOLVED:
+            self._resolved.popitem(last=False)
+        return model
+
+    def _owner(self, upstream_model: str) -> str | None:
+        """The first enabled provider whose public price list has this model."""
+        for name, settings in self._providers.items():
+            if (
+                _offers(settings, upstream_model)
+                and self._prices.price(settings.provider.prices, upstream_model) != UNKNOWN
+            ):
+                return name
+        return None
+
+    def _wildcard(self, name: str, provider: str, upstream_model: str) -> Model:
+        price = self._price(provider, upstream_model, None)
+        target = Target(provider, self._pools[provider], upstream_model, price)
+        return Model(name, (target,), owner=provider, created_time=self._now_time)
+
+
+def _offers(settings: PoolSettings, upstream_model: str) -> bool:
+    return settings.models is None or upstream_model in settings.models

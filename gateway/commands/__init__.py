@@ -1,0 +1,1 @@
+"""The `headgate` commands, one file each."""

@@ -1,0 +1,34 @@
+"""The command line as a whole: every command by its name."""
+
+from importlib import metadata
+
+import typer
+
+from gateway.commands import costs, keys, ledger, limits, teams
+from gateway.commands.check import check
+from gateway.commands.explain import explain
+from gateway.commands.serve import serve
+from gateway.commands.status import status
+
+app = typer.Typer(
+    name="headgate",
+    help="A self-hosted AI gateway: one base URL, every token priced.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # its frames show local variables, and those hold keys
+)
+app.command()(serve)
+app.command()(check)
+app.command()(explain)
+app.command()(status)
+app.add_typer(keys.app, name="keys")
+app.add_typer(teams.app, name="teams")
+app.add_typer(limits.app, name="limits")
+app.add_typer(costs.app, name="costs")
+app.add_typer(ledger.app, name="ledger")
+
+
+@app.command()
+def version() -> None:
+    """The version of Headgate."""
+    print(metadata.version("headgate"))

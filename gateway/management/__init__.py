@@ -1,0 +1,1 @@
+"""The management plane: operator credentials only, on its own listener (aiohttp)."""

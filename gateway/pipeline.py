@@ -1,0 +1,229 @@
+"""The life of a request, on one screen: identify, read, admit, place, send, relay, settle.
+
+The stages are named here as everywhere: logs, metrics, docs. Three outcomes have three forms: a policy's
+Denial is returned, an UpstreamError is raised, anything else is a bug (500). `settle` runs once for every
+request, however it ended.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from backends.errors import UpstreamError
+from gateway.errors import denial_answer, envelope, error_headers, foreign_error, upstream_answer
+from gateway.fallbacks import Fallbacks
+from gateway.idempotency import HEADER, Idempotency
+from gateway.inbound import Refusal, Request
+from gateway.intake import Message, identify, read
+from gateway.leases import Leases
+from gateway.pinning import Pinning
+from gateway.placing import Placing
+from gateway.relay import StreamRelay, is_foreign_error, is_stream, read_whole, relayed_headers
+from gateway.runtime import Runtime
+from gateway.sending import Sending, Sent
+from gateway.settle import Settler
+from gateway.shadowing import Shadowing
+from policies.exchange import Exchange
+from policies.limits.refusals import BUDGET_EXCEEDED
+from policies.policy import Admit
+from policies.rules.fallback import fall_back, has_fallbacks, has_shadows
+from policies.verdict import Denial
+
+_log = logging.getLogger(__name__)
+
+
+class Parts(NamedTuple):
+    """What the stages are made of, in their order."""
+
+    idempotency: Idempotency
+    leases: Leases
+    pinning: Pinning
+    placing: Placing
+    sending: Sending
+    shadowing: Shadowing
+    settler: Settler
+
+
+class Pipeline:
+    """Carries requests of the inference dialects through their stages. One per worker."""
+
+    def __init__(self, runtime: Callable[[], Runtime], parts: Parts) -> None:
+        self._runtime = runtime  # asked once per request: a reload swaps what it returns
+        self._idempotency = parts.idempotency
+        self._leases = parts.leases
+        self._pinning = parts.pinning
+        self._placing = parts.placing
+        self._sending = parts.sending
+        self._fallbacks = Fallbacks(parts.placing, parts.sending, parts.settler)
+        self._shadowing = parts.shadowing
+        self._settler = parts.settler
+
+    async def handle(self, request: Request, exchange: Exchange, provider: str = "") -> None:
+        """One request to its end. `provider` narrows a passthrough call to the provider named in its path."""
+        runtime = self._runtime()
+        relay: StreamRelay | None = None
+        try:
+            denial = identify(exchange, request, runtime)
+            if denial is None:
+                message = await read(exchange, request, runtime, provider)
+                if HEADER in request.headers:
+                    settings = runtime.idempotency
+                    denial = await self._idempotency.begin(exchange, request, settings, message.body)
+                    if exchange.ended == "replayed":
+                        return
+                denial = denial or self._admit(exchange, runtime.hooks.admit)
+                if exchange.lacks or (denial is not None and denial.code == BUDGET_EXCEEDED):
+                    denial = await self._ask_for_more(exchange, runtime, denial)
+            if denial is not None:
+                self._refuse(exchange, request, denial)
+                return
+            if exchange.continues:
+                await self._pinning.pin(exchange)
+            sent = await self._send(exchange, request, message, runtime)
+            if sent is None:
+                return  # parked, and answered
+            if isinstance(sent, Denial):
+                self._refuse(exchange, request, sent)
+                return
+            try:
+                if has_shadows(exchange):
+                    self._shadowing.copy(exchange, request, message, runtime)
+                if is_stream(sent.reply):
+                    relay = StreamRelay(request, exchange, sent.reply, strips_usage=sent.strips_usage)
+                    await relay.run()
+                    exchange.ended = "completed" if relay.finish() else "incomplete"
+                else:
+                    await self._answer_whole(exchange, request, sent, runtime)
+            finally:
+                sent.reply.close()
+        except Refusal as refusal:
+            exchange.ended = "invalid"
+            denial = Denial(refusal.status, refusal.code, refusal.message, refusal.param)
+            self._answer(
+                exchange, request, denial_answer(denial, exchange.dialect.family, exchange.request_id)
+            )
+        except UpstreamError as error:
+            self._fail_upstream(exchange, request, error)
+        except asyncio.CancelledError:
+            self._cut_short(exchange, request, relay)
+            raise
+        except Exception:  # noqa: BLE001 - a bug ends one request, not the connection's task
+            self._fail(exchange, request)
+        finally:
+            self._settler.settle(exchange, runtime, relay)
+            if HEADER in request.headers:
+                self._idempotency.end(exchange, request)
+
+    def _admit(self, exchange: Exchange, hooks: Sequence[Admit]) -> Denial | None:
+        now = time.perf_counter()
+        for admit in hooks:
+            denial = admit(exchange, now)
+            if denial is not None:
+                return denial
+        return None
+
+    async def _ask_for_more(
+        self, exchange: Exchange, runtime: Runtime, denial: Denial | None
+    ) -> Denial | None:
+        """What limits have no room for here may be had from their store; past a budget the model may have a fallback."""
+        while True:
+            if denial is None and exchange.lacks:
+                denial = await self._leases.obtain(exchange)
+            if denial is None or denial.code != BUDGET_EXCEEDED or not fall_back(exchange, "budget"):
+                return denial
+            self._settler.fell_back(exchange, "budget")
+            for settle in runtime.hooks.settle:
+                settle(exchange, time.perf_counter())  # gives back what was reserved for the dearer model
+            denial = self._admit(exchange, runtime.hooks.admit_again)
+
+    async def _send(
+        self, exchange: Exchange, request: Request, message: Message, runtime: Runtime
+    ) -> Sent | Denial | None:
+        """Place and send. None: parked, and answered."""
+        if has_fallbacks(exchange):
+            return await self._fallbacks.send(exchange, request, message, runtime)
+        placed = self._placing.at_once(exchange, runtime)
+        if placed is None:
+            placed = await self._placing.when_full(exchange, runtime, request, message)
+        if placed is None or isinstance(placed, Denial):
+            return placed
+        return await self._sending.send(exchange, request, message, placed, runtime)
+
+    async def _answer_whole(self, exchange: Exchange, request: Request, sent: Sent, runtime: Runtime) -> None:
+        reply, body = sent.reply, sent.body
+        if body is None:
+            body = await read_whole(exchange, reply, runtime.response_bytes)
+        self._settler.price(exchange)
+        headers = relayed_headers(exchange, reply)
+        if is_foreign_error(exchange, reply, body):
+            target = exchange.candidate.endpoint.name if exchange.candidate is not None else ""
+            body = foreign_error(reply.status, target, exchange.dialect.family, exchange.request_id)
+            headers = [(name, value) for name, value in headers if name != b"content-type"]
+            headers.append((b"content-type", b"application/json"))
+        if exchange.cost_nanousd is not None:
+            dollars, nano = divmod(exchange.cost_nanousd, 1_000_000_000)
+            headers.append((b"x-headgate-cost-usd", b"%d.%09d" % (dollars, nano)))
+        overhead_s = (
+            exchange.dispatched_at
+            - exchange.read_at
+            - exchange.waited_s
+            + time.perf_counter()
+            - exchange.ready_at
+        )
+        headers.append((b"x-headgate-overhead-us", b"%d" % (overhead_s * 1e6)))
+        request.respond(reply.status, headers, body)
+        exchange.relayed_at = time.perf_counter()
+        exchange.ended = "completed"
+
+    def _answer(
+        self, exchange: Exchange, request: Request, answer: tuple[int, list[tuple[bytes, bytes]], bytes]
+    ) -> None:
+        exchange.status = answer[0]
+        request.respond(*answer)
+
+    def _refuse(self, exchange: Exchange, request: Request, denial: Denial) -> None:
+        exchange.ended = "denied"
+        exchange.error_kind = denial.code
+        self._answer(exchange, request, denial_answer(denial, exchange.dialect.family, exchange.request_id))
+
+    def _fail_upstream(self, exchange: Exchange, request: Request, error: UpstreamError) -> None:
+        exchange.ended = "upstream_failed"
+        exchange.error_kind = error.kind
+        target = exchange.candidate.endpoint.name if exchange.candidate is not None else ""
+        family, request_id = exchange.dialect.family, exchange.request_id
+        _log.warning("%s", error.message, extra={"request_id": request_id, "endpoint": target})
+        self._answer(exchange, request, upstream_answer(error, target, family, request_id))
+
+    def _cut_short(self, exchange: Exchange, request: Request, relay: StreamRelay | None) -> None:
+        """The client went, or our own drain ran out of time while the client was still there."""
+        if request.is_gone:
+            if relay is not None and (relay.tap.is_complete or relay.tap.error is not None):
+                # SDKs hang up at the last event or at an error, before the body's own end.
+                exchange.ended = "completed" if relay.tap.is_complete else "incomplete"
+                return
+            exchange.ended = "client_gone"
+            exchange.status = exchange.status or 499
+            return
+        exchange.ended = "drained"
+        message = "the gateway is shutting down; send the request again"
+        if relay is not None:
+            relay.break_off("gateway_shutting_down", message)
+        else:
+            denial = Denial(503, "gateway_shutting_down", message, retry_after_s=1.0)
+            self._answer(
+                exchange, request, denial_answer(denial, exchange.dialect.family, exchange.request_id)
+            )
+
+    def _fail(self, exchange: Exchange, request: Request) -> None:
+        """A bug of ours: the trace goes to the log, the client gets the request id to ask with."""
+        _log.exception("a request failed through a bug", extra={"request_id": exchange.request_id})
+        exchange.ended = "failed"
+        family, request_id = exchange.dialect.family, exchange.request_id
+        if request.is_started:
+            request.abort()
+            return
+        message = f"an error inside the gateway; its operator can find it in the log under {request_id}"
+        body = envelope(family, 500, "internal_error", message, request_id)
+        self._answer(exchange, request, (500, error_headers(family, request_id, None), body))

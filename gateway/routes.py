@@ -1,0 +1,57 @@
+"""The data plane's table of routes: (path, method) to endpoint. A new endpoint is one file and one line here.
+
+Paths are compared as they came, undecoded: what is authorised is what is served.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
+
+from backends.dialect import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, RESPONSES
+from gateway.endpoints import health, inference, models, passthrough
+from gateway.endpoints.context import Context, new_request_id
+from gateway.errors import edge_answer
+from gateway.inbound import Request
+
+Endpoint = Callable[[Context, Request, str], Awaitable[None]]
+
+ROUTES: Final[Mapping[str, Mapping[str, Endpoint]]] = {
+    **{
+        dialect.path: {"POST": inference.endpoint(dialect)}
+        for dialect in (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES, COUNT_TOKENS)
+    },
+    "/v1/models": {"GET": models.list_models},
+    "/livez": {"GET": health.live},
+    "/readyz": {"GET": health.ready},
+    "/health": {"GET": health.ready},  # load generators and vLLM's own clients ask for this one
+}
+MODEL_PREFIX: Final = "/v1/models/"
+
+
+def route(context: Context, request: Request) -> Awaitable[None]:
+    """Answers one request. Unknown paths and methods get the API's own envelope, never a bare page.
+
+    No coroutine itself, nor are the hot endpoints: each level that waits is paid at every step of the request.
+    """
+    request_id = new_request_id()
+    methods = ROUTES.get(request.path)
+    if methods is None:
+        if request.path.startswith(MODEL_PREFIX):
+            methods = {"GET": models.show_model}
+        elif passthrough.provider_of(context, request.path):
+            return passthrough.serve(context, request, request_id)
+        else:
+            what = f"there is nothing at {request.method} {request.path}"
+            return _refuse(request, request_id, 404, "unknown_url", what)
+    endpoint = methods.get("GET" if request.method == "HEAD" else request.method)
+    if endpoint is None:
+        allowed = ", ".join(methods)
+        message = f"{request.path} takes {allowed}, not {request.method}"
+        return _refuse(request, request_id, 405, "method_not_allowed", message, (b"allow", allowed.encode()))
+    return endpoint(context, request, request_id)
+
+
+async def _refuse(
+    request: Request, request_id: str, status: int, code: str, message: str, *more: tuple[bytes, bytes]
+) -> None:
+    headers, body = edge_answer(status, code, message, request.path.encode(), request_id)
+    request.respond(status, [*headers, *more], body)

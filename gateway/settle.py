@@ -1,0 +1,214 @@
+"""The last stage: a request's load given back, its usage priced, its row written. Once for every request.
+
+The load is given back at once, the rest is done after the turn's answers have been sent: no client waits for our
+bookkeeping, and nothing else runs in between. What a cut stream delivered is estimated on a thread, and its row
+waits for it.
+"""
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from backends.dialect import RAW
+from backends.errors import UpstreamError
+from backends.tap import Tap
+from backends.usage import Usage
+from backends.usage_readers import estimate_input
+from gateway.ledger import Ledger, row_of
+from gateway.locality import Locality
+from gateway.logs import AccessLog
+from gateway.relay import StreamRelay
+from gateway.runtime import Runtime
+from gateway.telemetry import Telemetry
+from policies.cost import charge
+from policies.exchange import Exchange
+from policies.placement.place import finish
+from policies.waste import waste_of
+
+_log = logging.getLogger(__name__)
+
+# The upstream gave nothing to pay for, or we never asked it.
+_FREE_ENDS: Final = frozenset({"denied", "invalid", "upstream_failed"})
+
+
+class Settler:
+    """Ends requests. One per worker; `idle` in drain waits for estimates under way."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        telemetry: Telemetry,
+        access_log: AccessLog,
+        worker: str,
+        on_room: Callable[[str, float], None] | None = None,
+        on_answer: Callable[[Exchange], None] | None = None,
+    ) -> None:
+        self._ledger = ledger
+        self._telemetry = telemetry
+        self._access_log = access_log
+        self._worker = worker
+        self._ended: list[tuple[Exchange, Runtime, StreamRelay | None]] = []  # in this turn of the loop
+        self._on_room = on_room  # a pool that can be full has a request less, sent so many seconds ago
+        self._on_answer = on_answer  # it has a name that a later request may continue it by
+        self.locality = Locality()
+        self._estimates: set[asyncio.Future[Usage]] = set()
+        self.wasted_nanousd: dict[str, int] = {}  # by endpoint, since the start
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="estimate")
+
+    def open(self, exchange: Exchange) -> None:
+        """Before the first dispatch: from here on the request has a row even if this worker dies."""
+        self._ledger.open(exchange)
+
+    def waste(self, exchange: Exchange, failure: UpstreamError | int, now: float) -> None:
+        """An attempt has failed, whether another follows or not: an error, or the status of an answer."""
+        wasted = waste_of(exchange, failure, now)
+        if exchange.waste is None:
+            exchange.waste = []
+        exchange.waste.append(wasted)
+        if wasted.nanousd:
+            self.wasted_nanousd[wasted.endpoint] = (
+                self.wasted_nanousd.get(wasted.endpoint, 0) + wasted.nanousd
+            )
+
+    def attempt_failed(self, exchange: Exchange, failure: UpstreamError | int) -> None:
+        """An attempt is over and another follows."""
+        self._give_back(exchange)
+        candidate = exchange.candidate
+        if candidate is not None:
+            reason = str(failure) if isinstance(failure, int) else failure.kind
+            self._telemetry.attempt_failed(candidate.endpoint.name, reason)
+
+    def fell_back(self, exchange: Exchange, failure: str) -> None:
+        """Its model could not answer, and another is asked now."""
+        self._telemetry.fell_back(exchange, failure)
+
+    def price(self, exchange: Exchange) -> None:
+        """Usage to nano-dollars. None when the usage or the price is unknown: never a silent zero."""
+        candidate = exchange.candidate
+        if candidate is None:
+            exchange.cost_nanousd = exchange.saved_nanousd = 0  # it was never sent
+            return
+        exchange.price = price = candidate.target.price
+        usage = exchange.usage
+        if usage is not None:
+            charged = charge(usage, price, exchange.service_tier, exchange.received_time)
+            if charged is not None:
+                exchange.cost_nanousd = charged.cost_nanousd
+                exchange.saved_nanousd = charged.saved_nanousd
+        elif exchange.ended in _FREE_ENDS or exchange.status >= 400 or not exchange.dialect.is_billed:
+            exchange.cost_nanousd = exchange.saved_nanousd = 0
+
+    def settle(self, exchange: Exchange, runtime: Runtime, relay: StreamRelay | None) -> None:
+        """Everything that must happen however the request ended."""
+        exchange.ended_at = time.perf_counter()
+        self._give_back(exchange)
+        self._end_attempt(exchange)
+        if not self._ended:
+            asyncio.get_running_loop().call_soon(self._settle_ended)
+        self._ended.append((exchange, runtime, relay))
+
+    def _settle_ended(self) -> None:
+        ended, self._ended = self._ended, []
+        for exchange, runtime, relay in ended:
+            try:
+                self._settle(exchange, runtime, relay)
+            except Exception:  # noqa: BLE001 - a bug costs one row, not those behind it
+                _log.exception("a request was not settled", extra={"request_id": exchange.request_id})
+
+    def _settle(self, exchange: Exchange, runtime: Runtime, relay: StreamRelay | None) -> None:
+        if relay is not None:
+            tap = relay.tap
+            exchange.usage, exchange.served_model, exchange.service_tier = (
+                tap.usage,
+                tap.model,
+                tap.service_tier,
+            )
+            exchange.answer_id = tap.answer_id
+            if relay.error is not None:
+                exchange.error_kind = relay.error.kind
+            elif tap.error is not None:
+                exchange.error_kind = "stream_error"
+            if (
+                exchange.status == 200
+                and exchange.dialect.is_billed
+                and (tap.usage is None or not tap.is_complete)
+            ):
+                self._estimate(exchange, runtime, tap)
+                return
+        elif (
+            exchange.ended in {"client_gone", "drained"}
+            and exchange.dispatched_at
+            and exchange.dialect is not RAW
+        ):
+            # Nothing was delivered, but the work was asked for and withdrawn by the caller's side.
+            exchange.usage = estimate_input(exchange.body_bytes)
+            exchange.is_estimated = True
+            exchange.status = 499 if exchange.ended == "client_gone" else exchange.status
+        self._close(exchange, runtime)
+
+    def _estimate(self, exchange: Exchange, runtime: Runtime, tap: Tap) -> None:
+        loop = asyncio.get_running_loop()
+        estimate = loop.run_in_executor(self._thread, tap.estimate, exchange.body_bytes)
+        self._estimates.add(estimate)
+        estimate.add_done_callback(functools.partial(self._estimated, exchange, runtime))
+
+    def _estimated(self, exchange: Exchange, runtime: Runtime, estimate: asyncio.Future[Usage]) -> None:
+        self._estimates.discard(estimate)
+        # Whatever went wrong with it: what was reserved is to be given back, and the row to be written.
+        usage = estimate_input(exchange.body_bytes) if estimate.exception() else estimate.result()
+        if exchange.ended == "incomplete" and not usage.output_tokens:
+            exchange.cost_nanousd = exchange.saved_nanousd = (
+                0  # the upstream broke off before it said anything
+            )
+        else:
+            exchange.usage, exchange.is_estimated = usage, True
+        self._close(exchange, runtime)
+
+    def _end_attempt(self, exchange: Exchange) -> None:
+        """What the last attempt says of its endpoint's health, if that has not been said already."""
+        attempt = exchange.attempt
+        if attempt is None:
+            return
+        if exchange.ended == "completed":
+            attempt.succeeded(exchange.ended_at)
+        elif exchange.ended in {"incomplete", "upstream_failed"}:
+            attempt.failed(exchange.ended_at, exchange.error_kind or "incomplete")
+        else:
+            attempt.abandoned()
+
+    def _give_back(self, exchange: Exchange) -> None:
+        hold, candidate = exchange.hold, exchange.candidate
+        if hold is not None and candidate is not None:
+            exchange.hold = None
+            hold.release()
+            if self._on_room is not None and candidate.endpoint.is_limited:
+                self._on_room(candidate.target.pool.name, time.perf_counter() - exchange.dispatched_at)
+
+    def _close(self, exchange: Exchange, runtime: Runtime) -> None:
+        try:
+            if exchange.cost_nanousd is None:
+                self.price(exchange)
+        finally:  # even a bug in the price must not keep what was reserved
+            for settle in runtime.hooks.settle:
+                settle(exchange, exchange.ended_at)
+        finish(exchange)
+        if exchange.answer_id and self._on_answer is not None:
+            self._on_answer(exchange)
+        if exchange.caller is not None:  # strangers get no row: a flood of bad keys must not fill the disk
+            self._ledger.close(row_of(exchange, worker=self._worker))
+        self._telemetry.observe(exchange)
+        self.locality.observe(exchange)
+        self._access_log.write(exchange)
+
+    async def idle(self) -> None:
+        """Until every request that has ended has its row, or its place among those to be written."""
+        self._settle_ended()
+        while self._estimates:
+            await asyncio.wait(self._estimates)
+
+    def stop(self) -> None:
+        self._thread.shutdown(wait=True)
