@@ -16,11 +16,11 @@ run: $(VENV)/.base ## Install what is locked and serve on 127.0.0.1:8080 with co
 
 test: $(VENV)/.dev ## Install what the tests need and run them all (under five minutes)
 	@tests/setup
-	@$(BIN)/pytest -n 6 --dist worksteal -m "not engine"
+	@tests/run -n 6 --dist worksteal -m "not engine"
 
 test-engine: $(VENV)/.dev ## Install CPU vLLM (2.5 GB, once) and run what needs a real engine
 	@tests/engine/setup
-	@$(BIN)/pytest -m engine tests/engine
+	@tests/run -m engine tests/engine
 
 lint: $(VENV)/.dev ## Format, lint and types
 	@$(BIN)/ruff format --check .

@@ -266,7 +266,7 @@ async def test_giving_up_over_tls_is_seen_by_the_upstream_at_once(authority, loc
     ):
         reply = await pool.send(HEAD, BODY, SHORT)
         reply.close()
-        await asyncio.wait_for(gone.wait(), 2)
+        await asyncio.wait_for(gone.wait(), 30)
 
 
 # Proxies

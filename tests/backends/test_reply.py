@@ -256,7 +256,7 @@ async def test_after_close_the_sink_hears_nothing_and_the_upstream_sees_the_end_
         started = time.perf_counter()
         reply.close()
         assert pool.open_connections == 0
-        await asyncio.wait_for(gone.wait(), 5)
+        await asyncio.wait_for(gone.wait(), 30)
         assert time.perf_counter() - started < 2, "0.25 s is promised, on a machine that is not busy"
         assert sink.ends == []
         reply.close()
@@ -339,4 +339,4 @@ async def test_a_cancelled_read_closes_its_connection_at_once():
         with pytest.raises(asyncio.CancelledError):
             await reading
         assert pool.open_connections == 0
-        await asyncio.wait_for(gone.wait(), 2)
+        await asyncio.wait_for(gone.wait(), 30)

@@ -150,7 +150,7 @@ def test_the_mock_takes_chunked_bodies_and_pipelined_requests(mock: Mock) -> Non
         len(body),
         body,
     )
-    with socket.create_connection(("127.0.0.1", mock.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", mock.port), timeout=30) as connection:
         connection.sendall(request * 3)
         received = b""
         while received.count(b'"object":"chat.completion"') < 3:
@@ -172,7 +172,7 @@ def test_bodies_have_the_size_asked_for_and_are_always_the_same(size: int) -> No
 
 
 def post(port: int, body: bytes) -> bytes:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request("POST", "/v1/chat/completions", body)
         return connection.getresponse().read()

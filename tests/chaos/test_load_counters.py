@@ -103,7 +103,7 @@ def left_after_the_storm(tmp_path, module="gateway", mutant="") -> dict[str, flo
         environ = {"HEADGATE_TEST_MUTANT": mutant} if mutant else None
         with Gateway(tmp_path, workers=1, module=module, environ=environ, **config) as gateway:
             asyncio.run(storm(gateway, chance))
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 30
             while (left := counters(gateway)) and time.monotonic() < deadline:
                 time.sleep(0.2)
         if not mutant:

@@ -132,7 +132,7 @@ async def terminated(gateway: Gateway, client: RawClient) -> None:
     await client.send(stream_request())
     assert (await client.receive()).startswith(b"HTTP/1.1 200")
     gateway.process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
             probe = await RawClient.connect(gateway.port)

@@ -189,23 +189,23 @@ def upstream(upstreams: Upstreams) -> BlockingUpstream:
 
 @pytest.fixture(scope="session")
 def client(gateway: Gateway) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=gateway.base_url, api_key=KEY, max_retries=0, timeout=20) as sdk:
+    with openai.OpenAI(base_url=gateway.base_url, api_key=KEY, max_retries=0, timeout=60) as sdk:
         yield sdk
 
 
 @pytest.fixture(scope="session")
 def claude(gateway: Gateway) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=gateway.url, api_key=KEY, max_retries=0, timeout=20) as sdk:
+    with anthropic.Anthropic(base_url=gateway.url, api_key=KEY, max_retries=0, timeout=60) as sdk:
         yield sdk
 
 
 @pytest.fixture
 async def async_client(gateway: Gateway):
-    async with openai.AsyncOpenAI(base_url=gateway.base_url, api_key=KEY, max_retries=0, timeout=20) as sdk:
+    async with openai.AsyncOpenAI(base_url=gateway.base_url, api_key=KEY, max_retries=0, timeout=60) as sdk:
         yield sdk
 
 
 @pytest.fixture
 async def async_claude(gateway: Gateway):
-    async with anthropic.AsyncAnthropic(base_url=gateway.url, api_key=KEY, max_retries=0, timeout=20) as sdk:
+    async with anthropic.AsyncAnthropic(base_url=gateway.url, api_key=KEY, max_retries=0, timeout=60) as sdk:
         yield sdk

@@ -100,7 +100,7 @@ def test_18_a_dead_engine_is_out_before_any_request_finds_out_and_its_successor_
 def test_20_what_one_worker_learns_the_others_know_and_so_does_a_new_one(tmp_path, engines):
     with a_gateway(tmp_path, engines, eject_s=60) as gateway:
         engines[0].fault("status=500")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 40
         while endpoints(gateway)["gpu/0"]["state"] == "up":
             assert time.monotonic() < deadline, "never out"
             assert chat(gateway)[0] in (200, 500)

@@ -109,7 +109,7 @@ async def test_item_12_a_request_waits_for_room_and_is_served(gateway, occupied)
     assert answer.status == 200
     row = gateway.row(answer.headers["x-request-id"])
     assert row["waited_us"] > 0
-    assert row["overhead_us"] < row["waited_us"] + 50_000
+    assert row["overhead_us"] < row["waited_us"] + 500_000
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ async def test_item_13_a_client_that_goes_leaves_the_room(gateway, occupied):
 
 
 async def until(gateway, name, value):
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(40):
         while (await asyncio.to_thread(gateway.metrics)).get(name) != value:
             await asyncio.sleep(0.05)
 

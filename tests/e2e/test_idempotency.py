@@ -182,7 +182,7 @@ def test_two_nodes_on_redis_carry_a_request_out_once(upstreams, upstream, tmp_pa
             nodes.append(running.enter_context(node))
         answers = []
         for node in nodes:
-            with openai.OpenAI(base_url=node.base_url, api_key=KEY, max_retries=0, timeout=20) as sdk:
+            with openai.OpenAI(base_url=node.base_url, api_key=KEY, max_retries=0, timeout=60) as sdk:
                 answers += [ask(sdk, headers), ask(sdk, headers)]
     assert [answer.headers.get("idempotency-replayed") for answer in answers] == [
         None,

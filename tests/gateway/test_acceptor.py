@@ -51,7 +51,7 @@ async def opened(listener: socket.socket, number: int) -> list[asyncio.StreamWri
 
 
 async def until(condition) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.005)
 

@@ -80,7 +80,7 @@ class Worker:
         return reading
 
     async def held_is(self, held: int) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while (await self.stands()).held != held:
                 await asyncio.sleep(0.01)
 
@@ -122,7 +122,7 @@ async def test_whoever_leaves_while_the_store_is_asked_has_nothing_reserved(work
     await worker.admit()
     worker.doors.is_open.clear()
     waiting = [asyncio.ensure_future(worker.admit()) for _ in range(2)]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while worker.holding.sent is None or not worker.holding.sent.groups:
             await asyncio.sleep(0)
     for task in waiting:

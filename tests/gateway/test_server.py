@@ -148,7 +148,7 @@ def key_in(out: str, kind: str = "sk") -> str:
     return re.search(kind + r"-hg-\w+", out)[0]
 
 
-def until(condition, timeout_s: float = 20.0) -> None:
+def until(condition, timeout_s: float = 40.0) -> None:
     deadline_at = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_at, "it did not happen in time"
@@ -364,7 +364,7 @@ def test_it_ends_with_the_terminal_it_was_started_from(tmp_path):
     while b"Headgate is ready" not in shown:
         shown += os.read(terminal, 65536)
     os.close(terminal)
-    deadline_at = time.monotonic() + 20
+    deadline_at = time.monotonic() + 40
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
         assert time.monotonic() < deadline_at, "it is still there"
         time.sleep(0.05)

@@ -156,7 +156,7 @@ async def test_what_frees_no_slot_of_ours_is_noticed_all_the_same():
     task = pool.comes()
     await settle_down()
     pool.endpoints[0].max_in_flight = 5  # as a reload, a scrape or a healed endpoint would
-    (await asyncio.wait_for(task, 5)).release()
+    (await asyncio.wait_for(task, 30)).release()
 
 
 async def test_a_newcomer_does_not_pass_those_who_wait():

@@ -60,7 +60,7 @@ class Parent:
         self.channel = await open_channel(self.ours, ToParent, self.messages.put_nowait, lambda: None)
         self.channel.send(Configure((config or Config()).to_json()))
 
-    async def hear(self, kind: type, timeout_s: float = 15.0):
+    async def hear(self, kind: type, timeout_s: float = 30.0):
         """The next message of this kind; others are passed over."""
         async with asyncio.timeout(timeout_s):
             while True:
@@ -68,7 +68,7 @@ class Parent:
                 if isinstance(message, kind):
                     return message
 
-    async def ended(self, timeout_s: float = 15.0) -> int:
+    async def ended(self, timeout_s: float = 30.0) -> int:
         return await asyncio.to_thread(self.process.wait, timeout_s)
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

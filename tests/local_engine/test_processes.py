@@ -45,7 +45,7 @@ def is_running(pid: int) -> bool:
     return state != "Z"
 
 
-async def until(condition, timeout_s: float = 10.0) -> None:
+async def until(condition, timeout_s: float = 30.0) -> None:
     deadline_at = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_at, "it did not happen in time"

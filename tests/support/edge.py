@@ -88,7 +88,7 @@ class Journal:
         self.events.append(event)
         self._changed.set()
 
-    async def until(self, event: str, timeout_s: float = 5.0) -> None:
+    async def until(self, event: str, timeout_s: float = 30.0) -> None:
         async with asyncio.timeout(timeout_s):
             while event not in self.events:
                 self._changed.clear()

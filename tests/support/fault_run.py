@@ -198,7 +198,7 @@ class FaultRun:
             "headgate_uncached_tokens_in_flight",
             "headgate_attempts_unanswered",
         )
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while True:
             found = {name: v for name, v in self.gateway.metrics().items() if name.startswith(names) and v}
             if not found or time.monotonic() > deadline:

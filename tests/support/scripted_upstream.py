@@ -86,7 +86,7 @@ class Record:
         assert len(values) <= 1, f"{name} was sent {len(values)} times"
         return values[0] if values else None
 
-    async def wait_end(self, timeout_s: float = 5.0) -> Ended:
+    async def wait_end(self, timeout_s: float = 30.0) -> Ended:
         """Why the answer ended; TimeoutError if it has not."""
         async with asyncio.timeout(timeout_s):
             await self._end.wait()
@@ -162,7 +162,7 @@ class ScriptedUpstream:
         self._rules.clear()
         self.journal.clear()
 
-    async def wait_for(self, count: int = 1, timeout_s: float = 5.0) -> Record:
+    async def wait_for(self, count: int = 1, timeout_s: float = 30.0) -> Record:
         """The `count`-th request; TimeoutError if it does not come."""
         if len(self.journal) < count:
             arrival = asyncio.get_running_loop().create_future()

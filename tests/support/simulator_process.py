@@ -63,7 +63,7 @@ class SimulatorProcess:
         return series
 
     def get(self, path: str) -> bytes:
-        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
             return answer.read()
 
     def fault(self, fault: str | None, count: int | None = None) -> None:
@@ -72,5 +72,5 @@ class SimulatorProcess:
 
     def post(self, path: str, body: bytes) -> bytes:
         request = urllib.request.Request(self.url + path, body, {"content-type": "application/json"})
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.read()

@@ -41,7 +41,7 @@ class Recorder:
         return self.ends[0]
 
     async def _until(self, condition) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not condition():
                 self._changed.clear()
                 await self._changed.wait()
@@ -66,6 +66,6 @@ async def pool_for(url: str, *, proxy=None, ca_file=None, verify=True, **setting
 
 async def settled(condition) -> None:
     """Lets the loop run until a condition holds: for what the other side of a socket notices."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.001)

@@ -27,7 +27,7 @@ class UpstreamThread:
         self._upstreams.append(upstream)
         return BlockingUpstream(upstream, self)
 
-    def run(self, coroutine: Coroutine[Any, Any, Any], timeout_s: float = 15.0) -> Any:
+    def run(self, coroutine: Coroutine[Any, Any, Any], timeout_s: float = 40.0) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
 
     def gate(self) -> "ThreadGate":

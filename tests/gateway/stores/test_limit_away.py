@@ -123,8 +123,8 @@ async def test_a_frozen_store_costs_its_time_once_and_then_nothing(server, guard
         each_s = (time.perf_counter() - started_at) / 100
     finally:
         server.thaw()
-    assert first_s < 1.0, "0.1 s is its time; the rest is for a busy machine"
-    assert each_s < 0.01
+    assert first_s < 3.0, "0.1 s is its time; the rest is for a busy machine"
+    assert each_s < 0.05
     assert guarded.health().absences == 1
     await talker.say_until_back(MONEY)
 

@@ -18,7 +18,7 @@ def simulator():
 @pytest.fixture
 async def client(simulator):
     async with openai.AsyncOpenAI(
-        base_url=f"{simulator.url}/v1", api_key="none", max_retries=0, timeout=20
+        base_url=f"{simulator.url}/v1", api_key="none", max_retries=0, timeout=60
     ) as sdk:
         yield sdk
 
@@ -26,7 +26,7 @@ async def client(simulator):
 @pytest.fixture
 async def claude(simulator):
     async with anthropic.AsyncAnthropic(
-        base_url=simulator.url, api_key="none", max_retries=0, timeout=20
+        base_url=simulator.url, api_key="none", max_retries=0, timeout=60
     ) as sdk:
         yield sdk
 

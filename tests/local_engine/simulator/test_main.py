@@ -20,7 +20,7 @@ BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 60, "igno
 ROOT = Path(__file__).parents[3]
 
 
-def run(*options, timeout=20):
+def run(*options, timeout=60):
     command = [sys.executable, "-m", "local_engine.simulator", *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
 
