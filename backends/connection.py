@@ -121,7 +121,9 @@ class Connection(asyncio.Protocol):
             else:
                 self._keeper.outbox.write(transport, head)
                 self._keeper.outbox.write(transport, body)
-            self._watch(min(now + min(deadlines.first_byte_s, deadlines.idle_s), total_at))
+            watch_at = min(now + min(deadlines.first_byte_s, deadlines.idle_s), total_at)
+            if self._timer is None or watch_at < self._timer_at:
+                self._watch(watch_at)
             return await waiter
         except BaseException:
             self._forsake(waiter)
@@ -243,7 +245,8 @@ class Connection(asyncio.Protocol):
         keep_s = self._keepalive_s if reader.idle_limit_s is None else min(reader.idle_limit_s, _MAX_KEEP_S)
         if reader.is_reusable and keep_s > 0:
             self._reply = None
-            self.resume_reading()  # or the end of an idle connection would not be seen
+            if self._is_read_paused:
+                self.resume_reading()  # or the end of an idle connection would not be seen
             self._keeper.on_free(self, self._now() + keep_s)
         else:
             self.close()
@@ -291,8 +294,6 @@ class Connection(asyncio.Protocol):
 
     def _watch(self, at: float) -> None:
         if self._timer is not None:
-            if self._timer_at <= at:
-                return
             self._timer.cancel()
         self._timer_at = at
         self._timer = self._loop.call_at(at, self._on_timer)

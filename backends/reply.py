@@ -125,10 +125,13 @@ class Reply:
 
     def push(self, data: bytes) -> None:
         """Body bytes, all that one read brought."""
-        if self._sink is None or self._is_paused:
-            self._hold(data)
-        else:
+        if self._sink is not None and not self._is_paused:
             self._deliver(self._sink, data)
+            return
+        self._held.append(data)
+        self._held_bytes += len(data)
+        if self._held_bytes > READ_AHEAD_BYTES and self._connection is not None:
+            self._connection.pause_reading()
 
     def end(self, error: UpstreamError | None) -> None:
         """Nothing more will come, and the connection is no longer this reply's."""
@@ -137,12 +140,6 @@ class Reply:
         self._error = error
         if self._sink is not None and not self._held:
             self._tell_end(self._sink)
-
-    def _hold(self, data: bytes) -> None:
-        self._held.append(data)
-        self._held_bytes += len(data)
-        if self._held_bytes > READ_AHEAD_BYTES and self._connection is not None:
-            self._connection.pause_reading()
 
     def _flush(self) -> None:
         """Delivers what is held, read by read; the sink may pause or close in the middle of it."""

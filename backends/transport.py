@@ -26,6 +26,7 @@ class ConnectionPool:
 
     __slots__ = (
         "_all_gone",
+        "_asks_proxy",
         "_idle",
         "_is_closed",
         "_keepalive_s",
@@ -42,6 +43,8 @@ class ConnectionPool:
         self, origin: Origin, *, keepalive_s: float = 4.0, max_idle: int = 256, max_head_bytes: int = 65536
     ) -> None:
         self.origin = origin
+        # Whether requests go to a proxy as such, not through a tunnel.
+        self._asks_proxy = origin.proxy is not None and origin.scheme == "http"
         self.outbox = Outbox()
         self._keepalive_s = keepalive_s
         self._max_idle = max_idle
@@ -73,13 +76,15 @@ class ConnectionPool:
         to the pool by itself.
         """
         loop = asyncio.get_running_loop()
-        total_at = loop.time() + deadlines.total_s
-        connection = self._take_idle(loop.time())
+        now = loop.time()
+        total_at = now + deadlines.total_s
+        connection = self._take_idle(now)
         if self._asks_proxy:
             head = self._in_absolute_form(head)
         if connection is not None:
             try:
-                return self._checked(await connection.exchange(head, body, deadlines, total_at))
+                reply = await connection.exchange(head, body, deadlines, total_at)
+                return self._checked(reply) if self._asks_proxy else reply
             except UpstreamError as error:
                 if not error.stale:
                     raise
@@ -91,7 +96,8 @@ class ConnectionPool:
             # curl, with the limit: what is lost otherwise is a client's request on every restart of an engine, what
             # is risked is the prefill of an answer that nobody was going to get.
         connection = await self._connect(loop, min(deadlines.connect_s, max(0.0, total_at - loop.time())))
-        return self._checked(await connection.exchange(head, body, deadlines, total_at))
+        reply = await connection.exchange(head, body, deadlines, total_at)
+        return self._checked(reply) if self._asks_proxy else reply
 
     async def close(self) -> None:
         """Closes every connection; exchanges under way end with an error. Returns when the sockets are closed."""
@@ -161,11 +167,6 @@ class ConnectionPool:
         self._open.add(connection)
         return connection
 
-    @property
-    def _asks_proxy(self) -> bool:
-        """Requests go to the proxy as such, not through a tunnel."""
-        return self.origin.proxy is not None and self.origin.scheme == "http"
-
     def _in_absolute_form(self, head: bytes) -> bytes:
         """What a proxy wants to read (RFC 9112 section 3.2.2), with the credentials that are meant for it alone."""
         proxy = self.origin.proxy
@@ -177,7 +178,7 @@ class ConnectionPool:
 
     def _checked(self, reply: Reply) -> Reply:
         """407 is the proxy's own answer: the upstream has not seen the request."""
-        if reply.status == 407 and self._asks_proxy:
+        if reply.status == 407:
             reply.close()
             raise UpstreamError(
                 "proxy",

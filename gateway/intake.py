@@ -76,7 +76,8 @@ def _caller(headers: Mapping[bytes, bytes], runtime: Runtime) -> Caller | str:
 async def read(exchange: Exchange, request: Request, runtime: Runtime, provider: str) -> Message:
     """The body, decoded under the limit, and the routed fields. Refusal on anything malformed."""
     headers = request.headers
-    _read_tags(exchange, headers)
+    if b"x-headgate-tags" in headers:
+        _read_tags(exchange, headers[b"x-headgate-tags"])
     if (
         request.query
         and exchange.dialect is not RAW
@@ -110,11 +111,8 @@ async def read(exchange: Exchange, request: Request, runtime: Runtime, provider:
     return Message(body, fields.document)
 
 
-def _read_tags(exchange: Exchange, headers: Mapping[bytes, bytes]) -> None:
+def _read_tags(exchange: Exchange, value: bytes) -> None:
     """`x-headgate-tags: a, b` adds to the key's own tags, for the ledger."""
-    value = headers.get(b"x-headgate-tags")
-    if value is None:
-        return
     tags = [tag.strip() for tag in value.split(b",") if tag.strip()]
     if len(tags) > _MAX_TAGS or any(len(tag) > _MAX_TAG_BYTES or not tag.isascii() for tag in tags):
         raise Refusal(

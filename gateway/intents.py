@@ -71,22 +71,29 @@ class Intents:
 
     def open(self, fields: DispatchFields) -> int:
         """Writes the intent of a request about to be sent; its slot, or NO_SLOT when all are taken."""
-        data = _fit(fields, _INTENT_ROOM)
-        slot = self._take()
-        if slot == NO_SLOT:
+        data = _encode(fields)
+        if len(data) > _INTENT_ROOM:
+            data = _cut(fields, _INTENT_ROOM)
+        try:
+            slot = self._free.pop()
+        except IndexError:
             self.missed += 1
-        else:
-            self._map[slot : slot + _AREA.size + len(data)] = _AREA.pack(len(data), zlib.crc32(data)) + data
+            return NO_SLOT
+        self._map[slot : slot + _AREA.size + len(data)] = _AREA.pack(len(data), zlib.crc32(data)) + data
         return slot
 
     def settle(self, slot: int, row: LedgerRow) -> int:
         """Writes the finished row beside its intent; for a request that never had one, to a slot of its own."""
-        data = _fit(row, _ROW_ROOM)
+        data = _encode(row)
+        if len(data) > _ROW_ROOM:
+            data = _cut(row, _ROW_ROOM)
         if slot == NO_SLOT:
-            slot = self._take()
-        if slot != NO_SLOT:
-            at = slot + _ROW_AT
-            self._map[at : at + _AREA.size + len(data)] = _AREA.pack(len(data), zlib.crc32(data)) + data
+            try:
+                slot = self._free.pop()
+            except IndexError:
+                return NO_SLOT
+        at = slot + _ROW_AT
+        self._map[at : at + _AREA.size + len(data)] = _AREA.pack(len(data), zlib.crc32(data)) + data
         return slot
 
     def free(self, slots: Iterable[int]) -> None:
@@ -103,18 +110,9 @@ class Intents:
         self._map.close()
         os.close(self._descriptor)
 
-    def _take(self) -> int:
-        try:
-            return self._free.pop()
-        except IndexError:
-            return NO_SLOT
 
-
-def _fit(record: DispatchFields | LedgerRow, room_bytes: int) -> bytes:
-    """The record encoded; without its tags and with its texts cut when it would not fit."""
-    data = _encode(record)
-    if len(data) <= room_bytes:
-        return data
+def _cut(record: DispatchFields | LedgerRow, room_bytes: int) -> bytes:
+    """The record encoded without its tags and with its texts cut, so that it fits."""
     fields: tuple[Any, ...] = msgspec.structs.astuple(record) if isinstance(record, LedgerRow) else record
     for longest in _SHORTENED:
         data = _encode(shortened(fields, longest))

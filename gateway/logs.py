@@ -136,10 +136,11 @@ class LineWriter:
 class AccessLog:
     """One line for each request, when the operator wants them."""
 
-    __slots__ = ("_render", "_writer")
+    __slots__ = ("_render", "_writer", "is_on")
 
     def __init__(self, writer: LineWriter | None, render: "Render") -> None:
-        self._writer = writer  # None: not logged
+        self.is_on = writer is not None
+        self._writer = writer
         self._render = render
 
     def write(self, exchange: Exchange) -> None:

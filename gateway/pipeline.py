@@ -20,7 +20,7 @@ from gateway.intake import Message, identify, read
 from gateway.leases import Leases
 from gateway.pinning import Pinning
 from gateway.placing import Placing
-from gateway.relay import StreamRelay, is_foreign_error, is_stream, read_whole, relayed_headers
+from gateway.relay import StreamRelay, is_foreign_error, read_whole, relayed_headers
 from gateway.runtime import Runtime
 from gateway.sending import Sending, Sent
 from gateway.settle import Settler
@@ -90,7 +90,7 @@ class Pipeline:
             try:
                 if has_shadows(exchange):
                     self._shadowing.copy(exchange, request, message, runtime)
-                if is_stream(sent.reply):
+                if sent.is_stream:
                     relay = StreamRelay(request, exchange, sent.reply, strips_usage=sent.strips_usage)
                     await relay.run()
                     exchange.ended = "completed" if relay.finish() else "incomplete"
@@ -157,7 +157,7 @@ class Pipeline:
             body = await read_whole(exchange, reply, runtime.response_bytes)
         self._settler.price(exchange)
         headers = relayed_headers(exchange, reply)
-        if is_foreign_error(exchange, reply, body):
+        if reply.status >= 400 and is_foreign_error(exchange, reply, body):
             target = exchange.candidate.endpoint.name if exchange.candidate is not None else ""
             body = foreign_error(reply.status, target, exchange.dialect.family, exchange.request_id)
             headers = [(name, value) for name, value in headers if name != b"content-type"]

@@ -96,10 +96,9 @@ async def _take_usage(exchange: Exchange, reply: Reply, body: bytes, limit_bytes
 
 
 def is_foreign_error(exchange: Exchange, reply: Reply, body: bytes) -> bool:
-    """An error that an SDK could not read: a proxy's page, a word, nothing. Gemini's are lists."""
+    """Whether an SDK could not read this error: a proxy's page, a word, nothing. Gemini's are lists."""
     return (
-        reply.status >= 400
-        and exchange.dialect is not RAW
+        exchange.dialect is not RAW
         and reply.header(b"content-encoding") is None
         and body.lstrip()[:1] not in (b"{", b"[")
     )

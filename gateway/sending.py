@@ -16,7 +16,7 @@ from backends.adapter import Encoded, encode, head
 from backends.errors import LOAD_STATUSES, UpstreamError
 from backends.pool import Endpoint
 from backends.retry_after import retry_after_s
-from backends.transport import Deadlines, Reply
+from backends.transport import Reply
 from gateway.inbound import Request
 from gateway.intake import Message
 from gateway.relay import is_stream, read_whole
@@ -48,6 +48,7 @@ class Sent(NamedTuple):
     reply: Reply
     strips_usage: bool
     body: bytes | None = None
+    is_stream: bool = False
 
 
 class _Course(msgspec.Struct):
@@ -123,7 +124,7 @@ class Sending:
         health = runtime.health.of(endpoint)
         if health is not None:
             exchange.attempt = health.attempt(now, _LEAST_WORK_TOKENS + endpoint.uncached_tokens)
-        deadlines = _deadlines(candidate)
+        deadlines = candidate.target.deadlines or endpoint.deadlines
         if course.tried:  # a request's whole time is for all of its attempts together
             deadlines = deadlines._replace(total_s=deadlines.total_s - (now - course.began_at))
         encoded = _encode(exchange, candidate, message, runtime)
@@ -145,8 +146,10 @@ class Sending:
         exchange.hold.prefilled()
         if exchange.attempt is not None:
             exchange.attempt.heard(now)
-        if reply.status >= 400 or is_stream(reply):
+        if reply.status >= 400:
             return Sent(reply, encoded.strips_usage)
+        if is_stream(reply):
+            return Sent(reply, encoded.strips_usage, is_stream=True)
         body = await read_whole(exchange, reply, runtime.response_bytes)
         if exchange.attempt is not None and exchange.usage is not None:
             exchange.attempt.add_work(_TOKEN_WORK * exchange.usage.output_tokens)
@@ -177,7 +180,8 @@ class Sending:
         known = health.of(endpoint)
         if pause_s and known is not None:
             known.cool(now, pause_s)
-        has_time = now - course.began_at < _deadlines(failed).total_s - _LEAST_TIME_S
+        total_s = (failed.target.deadlines or endpoint.deadlines).total_s
+        has_time = now - course.began_at < total_s - _LEAST_TIME_S
         if not has_time or not may_retry(course.tries, failure):
             return None
         return self._following(exchange, course, failure, health, now)
@@ -258,10 +262,6 @@ def _judge(exchange: Exchange, sent: Sent | None, failure: UpstreamError | int, 
 def _is_the_apis(reply: Reply) -> bool:
     """Whether the API itself says so, rather than a proxy that finds nobody behind it."""
     return (reply.header(b"content-type") or b"").lstrip().lower().startswith(b"application/json")
-
-
-def _deadlines(candidate: Candidate) -> Deadlines:
-    return candidate.target.deadlines or candidate.endpoint.deadlines
 
 
 def _encode(exchange: Exchange, candidate: Candidate, message: Message, runtime: Runtime) -> Encoded:

@@ -195,14 +195,16 @@ class Settler:
         finally:  # even a bug in the price must not keep what was reserved
             for settle in runtime.hooks.settle:
                 settle(exchange, exchange.ended_at)
-        finish(exchange)
+        if exchange.ask is not None:
+            finish(exchange)
         if exchange.answer_id and self._on_answer is not None:
             self._on_answer(exchange)
         if exchange.caller is not None:  # strangers get no row: a flood of bad keys must not fill the disk
             self._ledger.close(row_of(exchange, worker=self._worker))
         self._telemetry.observe(exchange)
         self.locality.observe(exchange)
-        self._access_log.write(exchange)
+        if self._access_log.is_on:
+            self._access_log.write(exchange)
 
     async def idle(self) -> None:
         """Until every request that has ended has its row, or its place among those to be written."""

@@ -14,7 +14,7 @@ from typing import Final
 from backends.errors import UpstreamError
 from gateway.inbound import Request
 from gateway.intake import Message
-from gateway.relay import StreamRelay, is_stream, read_whole
+from gateway.relay import StreamRelay, read_whole
 from gateway.runtime import Runtime
 from gateway.sending import Sending
 from gateway.settle import Settler
@@ -82,7 +82,7 @@ class Shadowing:
             copy.place_reason = choices[0].reason
             sent = await self._sending.send(copy, request, message, choices[0].candidates[:1], runtime)
             try:
-                if sent.body is None and is_stream(sent.reply):
+                if sent.is_stream:
                     relay = StreamRelay(request, copy, sent.reply, strips_usage=sent.strips_usage)
                     await relay.run()
                     copy.ended = "completed" if relay.finish() else "incomplete"

@@ -36,7 +36,7 @@ def charge(usage: Usage, price: Price, service_tier: str, at_time: float) -> Cha
     if card is None:
         return _NOTHING if price.kind == "free" else None
     rates = card.rates(usage.prompt_tokens, service_tier, at_time)
-    if rates is None or not _covers(rates, usage):
+    if rates is None or (not (rates.has_input and rates.has_output) and not _covers(rates, usage)):
         return None
     return Charge(_rounded(_product(usage, rates)), _rounded(_saved(usage, rates)))
 

@@ -60,11 +60,14 @@ def choose(exchange: Exchange, group: Group, health: HealthBook, now: float) -> 
             if endpoint.name == exchange.pinned_to:  # sick or not: nobody else has what it continues
                 is_full = not has_room(endpoint, now, exchange.ceiling)
                 return Choice(group, [group.candidates[endpoint]], "pinned", is_full)
+    if len(everyone) == 1 and not everyone[0].is_draining:  # well or ill: there is no other
+        is_full = not has_room(everyone[0], now, exchange.ceiling)
+        return Choice(group, [group.candidates[everyone[0]]], "only", is_full)
     endpoints = health.usable(_staying(everyone), now, exchange.session_hash)
     if not endpoints:
         return Choice(group, [], "only", is_full=False)
     placer = group.target.placer
-    if placer is None or len(everyone) == 1:
+    if placer is None:
         candidates = [group.candidates[endpoint] for endpoint in endpoints]
         return Choice(group, candidates, "only", is_full=not has_room(endpoints[0], now, exchange.ceiling))
     ranking = placer.rank(endpoints, everyone, ask_of(exchange, group.target), now)
