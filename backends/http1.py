@@ -15,7 +15,6 @@ from backends.errors import ErrorKind, UpstreamError
 MAX_HEADERS: Final = 256
 MAX_INTERIM_ANSWERS: Final = 16
 # The headers that decide where an answer ends and how long its connection may idle.
-_NOTED: Final = frozenset({b"content-length", b"transfer-encoding", b"keep-alive"})
 _KEEP_ALIVE_TIMEOUT: Final = re.compile(rb"\btimeout\s*=\s*\"?(\d{1,9})", re.IGNORECASE)
 
 
@@ -60,7 +59,7 @@ class AnswerReader:
     def expect(self, *, is_head_request: bool) -> None:
         """Forgets the previous answer. The parser itself goes on: it stands at the start of a message."""
         self.status = 0
-        self.headers: list[tuple[bytes, bytes]] = []  # lower-case names, as received; the caller's to keep
+        self.headers: dict[bytes, bytes] = {}  # by lower-case name; the caller's to keep
         self.has_head = False
         self.is_complete = False
         self.is_reusable = False  # the connection may carry another request after this answer
@@ -132,9 +131,12 @@ class AnswerReader:
         if version not in {"1.1", "1.0"}:
             self._stop("protocol", f"the upstream answered in HTTP/{version}; HTTP/1.1 is needed")
         self._check_head_size()
+        fields, self._fields = self._fields, []
+        self.headers = dict(fields)
+        if len(self.headers) != len(fields):
+            self.headers = _joined(fields)
         is_framed = self._read_framing()
         self.status = status
-        self.headers, self._fields = self._fields, []
         self.has_head = True
         self.is_reusable = self._parser.should_keep_alive()
         if self._is_head_request:
@@ -168,22 +170,17 @@ class AnswerReader:
 
     def _read_framing(self) -> bool:
         """Whether the head says where the body ends. The parser has already refused contradictions."""
-        is_framed = False
-        for name, value in self._fields:
-            if name not in _NOTED:
-                continue
-            if name == b"keep-alive":
-                if timeout := _KEEP_ALIVE_TIMEOUT.search(value):
-                    # One second for the way there: the upstream's clock started before ours.
-                    self.idle_limit_s = int(timeout[1]) - 1
-                continue
-            is_framed = True
-            if name == b"transfer-encoding" and value.lower() != b"chunked":
-                coding = value[:40].decode("latin-1")
-                self._stop(
-                    "protocol", f"the answer's transfer-encoding is {coding!r}; only chunked is understood"
-                )
-        return is_framed
+        headers = self.headers
+        if b"keep-alive" in headers and (timeout := _KEEP_ALIVE_TIMEOUT.search(headers[b"keep-alive"])):
+            # One second for the way there: the upstream's clock started before ours.
+            self.idle_limit_s = int(timeout[1]) - 1
+        if b"transfer-encoding" not in headers:
+            return b"content-length" in headers
+        coding = headers[b"transfer-encoding"]
+        if coding.lower() != b"chunked":
+            named = coding[:40].decode("latin-1")
+            self._stop("protocol", f"the answer's transfer-encoding is {named!r}; only chunked is understood")
+        return True
 
     def _stop(self, kind: ErrorKind, message: str) -> None:
         self._refuse(kind, message)
@@ -193,3 +190,11 @@ class AnswerReader:
         self.is_reusable = False
         if self.error is None:
             self.error = UpstreamError(kind, message)
+
+
+def _joined(fields: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """By name; the values of a repeated field as one list (RFC 9110 section 5.3)."""
+    headers: dict[bytes, bytes] = {}
+    for name, value in fields:
+        headers[name] = b"%b, %b" % (headers[name], value) if name in headers else value
+    return headers

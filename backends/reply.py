@@ -49,9 +49,9 @@ class Reply:
         "status",
     )
 
-    def __init__(self, connection: Link, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    def __init__(self, connection: Link, status: int, headers: dict[bytes, bytes]) -> None:
         self.status = status
-        self.headers = headers  # lower-case names, as received
+        self.headers = headers  # by lower-case name
         self._connection: Link | None = connection  # None: nothing more will come
         self._sink: Sink | None = None
         self._held: list[bytes] = []  # one entry per read
@@ -61,16 +61,12 @@ class Reply:
         self._error: UpstreamError | None = None
 
     def header(self, name: bytes) -> bytes | None:
-        """The first value under a lower-case name."""
-        for key, value in self.headers:
-            if key == name:
-                return value
-        return None
+        """The value under a lower-case name."""
+        return self.headers.get(name)
 
     @property
     def is_event_stream(self) -> bool:
-        content_type = self.header(b"content-type")
-        return content_type is not None and content_type.lstrip()[:17].lower() == b"text/event-stream"
+        return self.headers.get(b"content-type", b"").lstrip()[:17].lower() == b"text/event-stream"
 
     async def read(self, limit_bytes: int) -> bytes:
         """The whole body. UpstreamError if it breaks off, stalls or exceeds the limit."""

@@ -214,6 +214,7 @@ class App:
             keyring=self._keyring,
             passthrough=builder.passthrough(),
             session_headers=tuple(name.encode() for name in config.sessions.headers),
+            session_names=frozenset(name.encode() for name in config.sessions.headers),
             session_secret=self._session_secret,
             ceilings=ceilings(classes),
             body_bytes=config.server.limits.body_bytes,

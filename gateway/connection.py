@@ -58,6 +58,7 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_body_started_at",
         "_chunked",
+        "_head",
         "_is_lost",
         "_is_read_paused",
         "_left_bytes",
@@ -86,6 +87,7 @@ class Connection(asyncio.Protocol):
         self.is_gone = False
         self.is_write_paused = False
         self._phase = _HEAD
+        self._head: Head | None = None  # the last one
         self._request: Request | None = None
         self._task: asyncio.Task[None] | None = None
         self._waiter: asyncio.Future[None] | None = None  # of the task, between requests
@@ -183,7 +185,9 @@ class Connection(asyncio.Protocol):
                     self.deadline_at = perf_counter() + limits.header_s
                 self._stash = data
                 return
-            head = Head(data[:end], limits.target_bytes, limits.header_count)
+            head = self._head
+            if head is None or not head.is_repeated_by(data[:end]):
+                head = self._head = Head(data[:end], limits.target_bytes, limits.header_count)
         except Refusal as refusal:
             self._refuse(refusal, claimed_path(data))
             return

@@ -18,6 +18,9 @@ _REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (/[!\"$->@-~]*)(?:\?([!\"$-~]*))? HT
 _METHOD_SO_FAR = re.compile(rb"[A-Z]{0,20}(?:\Z| (?:\Z|/))")
 _PATH = re.compile(rb"[A-Z]{1,20} (/[!\"$->@-~]{0,500})")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
+_LENGTH = re.compile(rb"\r\ncontent-length: ?([0-9]+)\r\n", re.IGNORECASE)
+_MAX_LENGTH_DIGITS: Final = 15
+_MAX_KEPT_BYTES: Final = 4096  # of a connection's last head
 _HOST = re.compile(rb"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 # Two of these would leave it to chance which one counts.
 _SINGLE: Final = frozenset(
@@ -50,6 +53,7 @@ class Head:
     """One request head, accepted. `length` is the body's in bytes, or CHUNKED."""
 
     __slots__ = (
+        "_around_length",
         "_repeats",
         "expects_continue",
         "headers",
@@ -68,6 +72,7 @@ class Head:
             _check_target_size(line, target_limit)
         self.method, self.path, self.query, self.is_http11 = read_request_line(line)
         self.headers: dict[bytes, bytes] = {}
+        self._around_length = b"", b""
         self._repeats = count_limit
         self._read_fields(data)
         headers = self.headers
@@ -78,7 +83,7 @@ class Head:
             self.length = self._read_transfer_encoding()
         elif length is None:
             self.length = 0
-        elif length.isdigit() and len(length) <= 15:
+        elif length.isdigit() and len(length) <= _MAX_LENGTH_DIGITS:
             self.length = int(length)
         else:
             raise Refusal(400, "invalid_content_length", "`Content-Length` must be a plain number of bytes")
@@ -102,6 +107,30 @@ class Head:
         if self.length and self.method in ("GET", "HEAD", "DELETE"):
             # No meaning is defined for such a body; what follows it cannot be trusted (RFC 9110 section 9.3.1).
             self.keeps_alive = False
+        self._note_around_length(data)
+
+    def is_repeated_by(self, data: bytes) -> bool:
+        """Whether `data` is this very head with another length of the body; then this is now that head.
+
+        Clients send the same fields over a connection again and again. What differs in a single other byte is read.
+        """
+        before, after = self._around_length
+        if not (before and data.startswith(before) and data.endswith(after)):
+            return False
+        length = data[len(before) : len(data) - len(after)]
+        if not length.isdigit() or len(length) > _MAX_LENGTH_DIGITS:
+            return False
+        self.length = int(length)
+        self.headers = {**self.headers, b"content-length": length}
+        return True
+
+    def _note_around_length(self, data: bytes) -> None:
+        """What precedes and follows the length of the body."""
+        if self.method != "POST" or self.expects_continue or len(data) > _MAX_KEPT_BYTES:
+            return
+        found = _LENGTH.search(data)
+        if found is not None:
+            self._around_length = data[: found.start(1)], data[found.end(1) :]
 
     def _read_fields(self, data: bytes) -> None:
         try:

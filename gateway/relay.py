@@ -7,6 +7,7 @@ that broke off never looks complete: an error in band, then a body without its e
 
 import asyncio
 import time
+from functools import lru_cache
 from typing import Final
 
 from backends.dialect import RAW
@@ -39,9 +40,8 @@ _PASSED: Final = frozenset(
 def relayed_headers(exchange: Exchange, reply: Reply) -> Headers:
     """The upstream's headers that pass, then ours."""
     limits = limit_headers(exchange) if exchange.taken else []
-    # The upstream's speak of the operator's account: where ours say what this caller has left, they would mislead.
-    prefixes = () if limits else PREFIXES
-    headers = [(name, value) for name, value in reply.headers if name in _PASSED or name.startswith(prefixes)]
+    theirs = reply.headers
+    headers = [(name, theirs[name]) for name in _passed(tuple(theirs), has_limits=bool(limits))]
     headers += limits
     headers += answer_headers(exchange.dialect.family, exchange.request_id)
     candidate, model = exchange.candidate, exchange.model
@@ -55,6 +55,16 @@ def relayed_headers(exchange: Exchange, reply: Reply) -> Headers:
     if exchange.session_state == "moved":
         headers.append((b"x-headgate-session-reason", exchange.place_reason.encode()))
     return headers
+
+
+@lru_cache(maxsize=512)
+def _passed(names: tuple[bytes, ...], *, has_limits: bool) -> tuple[bytes, ...]:
+    """Which of an upstream's headers pass.
+
+    Its limits are those of the operator's account: where ours say what this caller has left, they would mislead.
+    """
+    prefixes = () if has_limits else PREFIXES
+    return tuple(name for name in names if name in _PASSED or name.startswith(prefixes))
 
 
 def is_stream(reply: Reply) -> bool:
@@ -77,7 +87,7 @@ async def read_whole(exchange: Exchange, reply: Reply, limit_bytes: int) -> byte
 
 
 async def _take_usage(exchange: Exchange, reply: Reply, body: bytes, limit_bytes: int) -> None:
-    encoding = reply.header(b"content-encoding")
+    encoding = reply.headers.get(b"content-encoding")
     reading = None
     try:
         plain = body if encoding is None else await decode_body(body, encoding, limit_bytes)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Headers = Sequence[tuple[bytes, bytes]]
 
+_colon_join: Final = b": ".join
+
 _STATUS_LINES: Final = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
@@ -197,10 +199,7 @@ class Request:
 
 def answer_head(status: int, date_line: bytes, headers: Headers, tail: bytes) -> bytes:
     """`tail` is the rest of the fields and the blank line. ValueError if a field would break out of its line."""
-    parts: list[bytes] = []
-    for name, value in headers:
-        parts += (name, b": ", value, b"\r\n")
-    fields = b"".join(parts)
+    fields = b"\r\n".join([*map(_colon_join, headers), b""])
     if fields.count(b"\n") != len(headers) or fields.count(b"\r") != len(headers):
         raise ValueError("a line break inside a header field of the answer")
     status_line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status

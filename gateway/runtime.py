@@ -24,6 +24,7 @@ class Runtime:
     keyring: Keyring
     passthrough: Mapping[str, Model]
     session_headers: tuple[bytes, ...]
+    session_names: frozenset[bytes]  # the same, to ask whether any is there
     session_secret: bytes
     ceilings: tuple[float, ...]  # by priority: the saturation at which an endpoint is full
     body_bytes: int

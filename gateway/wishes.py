@@ -72,6 +72,8 @@ def _word(headers: Mapping[bytes, bytes], name: bytes, known: Mapping[bytes, _T]
 
 def _session_key(headers: Mapping[bytes, bytes], runtime: Runtime) -> bytes:
     """The first of the configured headers that is there. An overlong id is ignored, never cut: two must not meet."""
+    if runtime.session_names.isdisjoint(headers):
+        return b""
     for name in runtime.session_headers:
         value = headers.get(name)
         if value and len(value) <= _MAX_SESSION_KEY_BYTES:

@@ -32,7 +32,7 @@ async def test_a_request_arrives_byte_for_byte_and_its_answer_comes_back():
         assert seen == [head + body]
         assert reply.status == 200
         assert reply.header(b"content-type") == b"application/json"
-        assert reply.header(b"x-a") == b"1"
+        assert reply.header(b"x-a") == b"1, 2"
         assert reply.header(b"missing") is None
         assert await reply.read(1000) == b'{"ok":1}'
         assert pool.idle_connections == 1

@@ -24,4 +24,4 @@ NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
     ],
 )
 def test_every_way_to_ask_for_a_pause_is_understood_and_bounded(headers, expected):
-    assert retry_after_s(Reply(None, 429, headers), NOW) == expected
+    assert retry_after_s(Reply(None, 429, dict(headers)), NOW) == expected

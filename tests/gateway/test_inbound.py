@@ -832,13 +832,13 @@ async def test_a_client_that_reads_slowly_is_not_dropped():
     async def handle(request):
         request.respond(200, [(b"connection-note", b"closing")], b"x" * 6_000_000)
 
-    async with serving(handle, write_stall_s=0.2, idle_s=0.2) as edge:
+    async with serving(handle, write_stall_s=1.0, idle_s=1.0) as edge:
         client = await edge.connect(receive_buffer=65536)
         await client.send(post(b"", b"connection: close"))
         received = 0
         while data := await client.receive(150_000):
             received += len(data)
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.03)
         assert received > 6_000_000
 
 
