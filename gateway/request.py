@@ -6,7 +6,7 @@ in, and hears from it when the answer has ended.
 
 import asyncio
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +15,7 @@ from gateway.recording import Recording
 
 if TYPE_CHECKING:
     from gateway.connection import Connection
+    from gateway.large_body import LargeBody
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -42,6 +43,7 @@ class Request:
         "is_finished",
         "is_gone",
         "is_started",
+        "large_body",
         "method",
         "path",
         "peer",
@@ -69,6 +71,7 @@ class Request:
         self._body_waiter: asyncio.Future[bytes] | None = None
         self._is_chunked = False
         self._is_open = False  # write() has somewhere to write to
+        self.large_body: LargeBody | None = None  # instead of `body`, where it is to be taken piece by piece
         self.recording: Recording | None = None  # of the answer, for those who want it again
         self._pause: Callable[[], None] | None = None
         self._resume: Callable[[], None] | None = None
@@ -81,9 +84,22 @@ class Request:
             raise self._body_refusal
         if self._body_waiter is None:
             self._body_waiter = asyncio.get_running_loop().create_future()
-            if self._expects_continue and not self.is_started:
-                self._connection.invite_body()
+            self._invite_body()
         return await self._body_waiter
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it comes, for paths that take uploads (`Limits.upload_paths`). Raises Refusal as `body` does."""
+        large = self.large_body
+        if large is None:
+            yield await self.body()
+            return
+        self._invite_body()
+        while piece := await large.take():
+            yield piece
+
+    def _invite_body(self) -> None:
+        if self._expects_continue and not self.is_started:
+            self._connection.invite_body()
 
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
         """The whole answer; `content-length`, `date` and `connection` are added."""
