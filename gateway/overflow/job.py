@@ -98,7 +98,7 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True):
     expires_in_s: float = 86_400.0  # from now on
     keep_s: float = 86_400.0  # its result, from when it ends
     reference: str = ""  # the client's own: `external_reference`, `custom_id`
-    webhook: str = ""  # who is told when it ends, as `gateway.overflow` names endpoints; "": nobody
+    webhook: str = ""  # who is told when it ends: receivers' names, blanks between, an outbox row for each; "": nobody
     reservation: bytes = (
         b""  # opaque: what was taken of limits and budgets, given back through its Settled row
     )
@@ -280,8 +280,8 @@ class Event(msgspec.Struct, frozen=True, array_like=True):
 
 
 class OutboxRow(msgspec.Struct, frozen=True, kw_only=True):
-    """News that a webhook is to hear. Written in the transaction that made `state` true. `id` is the same at every
-    delivery; `fence` is the lease's."""
+    """News that one receiver is to hear: one row for each name in the subject's `webhook`. Written in the transaction that
+    made `state` true. `id` is the row's own, and the same at every delivery; `fence` is the lease's."""
 
     id: str  # `msg_...`
     subject: str  # the job or parent
@@ -289,7 +289,7 @@ class OutboxRow(msgspec.Struct, frozen=True, kw_only=True):
     door: Door
     is_parent: bool
     state: str
-    webhook: str
+    webhook: str  # the one receiver's name
     created_time: float
     attempts: int = 0  # deliveries that failed
     fence: int = 0

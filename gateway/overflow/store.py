@@ -275,8 +275,11 @@ class QueueStore(Protocol):
 
     async def outbox_delivered(self, row: OutboxRow) -> None: ...
 
-    async def outbox_failed(self, row: OutboxRow, retry_in_s: float | None, error: str) -> None:
-        """To be tried again after so long, or never again (None). Of no effect once another has the row's lease."""
+    async def outbox_failed(
+        self, row: OutboxRow, retry_in_s: float | None, error: str, *, is_counted: bool = True
+    ) -> None:
+        """To be tried again after so long, or never again (None). `is_counted` False: it was not tried, its receiver has
+        no place for it. Of no effect once another has the row's lease."""
         ...
 
     async def list_outbox(self, subject: str = "", most: int = 100) -> list[OutboxRow]:
