@@ -98,7 +98,9 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True):
     expires_in_s: float = 86_400.0  # from now on
     keep_s: float = 86_400.0  # its result, from when it ends
     reference: str = ""  # the client's own: `external_reference`, `custom_id`
-    webhook: str = ""  # who is told when it ends: receivers' names, blanks between, an outbox row for each; "": nobody
+    webhook: str = (
+        ""  # who is told when it ends: receivers, blanks between, an outbox row for each; "": nobody
+    )
     reservation: bytes = (
         b""  # opaque: what was taken of limits and budgets, given back through its Settled row
     )
