@@ -171,6 +171,11 @@ CREATE TABLE alert_delivery (
 CREATE INDEX alert_delivery_due ON alert_delivery (next_time) WHERE next_time IS NOT NULL;
 """
 
+# Receivers of the queue's webhooks; `record` is JSON.
+_WEBHOOK_ENDPOINTS: Final = """
+CREATE TABLE webhook_endpoint (id TEXT PRIMARY KEY NOT NULL, record BLOB NOT NULL) STRICT;
+"""
+
 STEPS: Final[tuple[str, ...]] = (
     _LEDGER,
     _KEYS,
@@ -180,4 +185,5 @@ STEPS: Final[tuple[str, ...]] = (
     _PLACEMENT,
     _NODES,
     _ALERTS,
+    _WEBHOOK_ENDPOINTS,
 )
