@@ -33,6 +33,7 @@ from gateway.keys import Keyring, load_pepper
 from gateway.logs import start_logging, watch_loop
 from gateway.management.app import Plane
 from gateway.node import Node
+from gateway.overflow.webhooks import QueueWebhooks
 from gateway.patrol import Patrol
 from gateway.reload import ConfigWatch, Reloaded
 from gateway.self_check import SelfCheck
@@ -88,6 +89,7 @@ class Server:
         self._node: Node | None = None
         alerts = AlertOutbox(self._storage, lambda: receivers_of(self._config.alerts))
         self._alerts = WebhookDelivery(alerts, "alert")
+        self._webhooks: QueueWebhooks | None = None
         self._stop = asyncio.Event()
         self._had_terminal = os.isatty(2)
 
@@ -284,6 +286,10 @@ class Server:
     @property
     def declared_key_names(self) -> frozenset[str]:
         return frozenset(entry.name for entry in self._config.keys)
+
+    @property
+    def webhooks(self) -> QueueWebhooks | None:
+        return self._webhooks
 
     async def metrics(self) -> bytes:
         if self._fleet is not None:
