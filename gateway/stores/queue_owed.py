@@ -86,13 +86,13 @@ def delivered(connection: Connection, row: OutboxRow, now_time: float) -> None:
 
 
 def failed(
-    connection: Connection, row: OutboxRow, retry_in_s: float | None, error: str, now_time: float
+    connection: Connection, row: OutboxRow, next_time: float | None, error: str, *, is_counted: bool
 ) -> None:
-    next_time = None if retry_in_s is None else now_time + retry_in_s
+    """`next_time` None: it is not told again."""
     connection.execute(
-        "UPDATE outbox SET attempts = attempts + 1, next_time = ?, error = ?, owner = '' "
+        "UPDATE outbox SET attempts = attempts + ?, next_time = ?, error = ?, owner = '' "
         "WHERE id = ? AND fence = ? AND next_time IS NOT NULL",
-        (next_time, error, row.id, row.fence),
+        (int(is_counted), next_time, error, row.id, row.fence),
     )
 
 

@@ -318,8 +318,14 @@ class SqliteQueueStore:
     async def outbox_delivered(self, row: OutboxRow) -> None:
         await self._thread.write(lambda c, now: queue_owed.delivered(c, row, now))
 
-    async def outbox_failed(self, row: OutboxRow, retry_in_s: float | None, error: str) -> None:
-        await self._thread.write(lambda c, now: queue_owed.failed(c, row, retry_in_s, error, now))
+    async def outbox_failed(
+        self, row: OutboxRow, retry_in_s: float | None, error: str, *, is_counted: bool = True
+    ) -> None:
+        def work(connection: Connection, now_time: float) -> None:
+            next_time = None if retry_in_s is None else now_time + retry_in_s
+            queue_owed.failed(connection, row, next_time, error, is_counted=is_counted)
+
+        await self._thread.write(work)
 
     async def list_outbox(self, subject: str = "", most: int = 100) -> list[OutboxRow]:
         return await self._thread.read(lambda c, _: queue_owed.listed(c, subject, most))
