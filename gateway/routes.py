@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from backends.dialect import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, RESPONSES
-from gateway.endpoints import batches, files, health, inference, models, passthrough
+from gateway.endpoints import batches, files, health, inference, models, passthrough, workers_ai
 from gateway.endpoints.context import Context, new_request_id
 from gateway.errors import edge_answer
 from gateway.inbound import Request
@@ -49,11 +49,19 @@ def route(context: Context, request: Request) -> Awaitable[None]:
             methods = {"GET": models.show_model}
         elif (item := _item(request.path)) is not None:
             methods = item
+        elif request.path.startswith(workers_ai.PREFIX):
+            path = workers_ai.openai_path(request.path)
+            if path is not None:
+                request.path = path
+                return route(context, request)
+            methods = workers_ai.methods_of(request)
         elif passthrough.provider_of(context, request.path):
             return passthrough.serve(context, request, request_id)
         else:
-            what = f"there is nothing at {request.method} {request.path}"
-            return _refuse(request, request_id, 404, "unknown_url", what)
+            methods = {}
+    if not methods:
+        what = f"there is nothing at {request.method} {request.path}"
+        return _refuse(request, request_id, 404, "unknown_url", what)
     endpoint = methods.get("GET" if request.method == "HEAD" else request.method)
     if endpoint is None:
         allowed = ", ".join(methods)

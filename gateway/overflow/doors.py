@@ -5,6 +5,7 @@ from typing import NamedTuple
 from gateway.overflow.batches import Batches
 from gateway.overflow.endpoints import Endpoints
 from gateway.overflow.files import Files
+from gateway.overflow.native_requests import NativeRequests
 from gateway.overflow.store import QueueStore
 from gateway.overflow.submit import Submitter
 
@@ -17,6 +18,7 @@ class Doors(NamedTuple):
     webhooks: Endpoints
     files: Files
     batches: Batches
+    native: NativeRequests
 
     def start(self) -> None:
         self.batches.start()
