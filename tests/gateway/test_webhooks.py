@@ -150,9 +150,23 @@ class Receiver:
         self.other = 0
         self.body_bytes = 1000
         self.sent_bytes = 0
+        self.is_hanging = False
+        self.release = asyncio.Event()
+        self.under_way = 0
+        self._has_come = asyncio.Condition()
+
+    async def wait_until(self, under_way: int) -> None:
+        async with asyncio.timeout(30), self._has_come:
+            await self._has_come.wait_for(lambda: self.under_way >= under_way)
 
     async def hook(self, request: web.Request) -> web.StreamResponse:
         self.received.append((dict(request.headers), await request.read()))
+        async with self._has_come:
+            self.under_way += 1
+            self._has_come.notify_all()
+        if self.is_hanging:
+            await self.release.wait()
+        self.under_way -= 1
         status = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         answer = web.StreamResponse(status=status, headers=self.headers)
         await answer.prepare(request)
