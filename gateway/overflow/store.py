@@ -193,6 +193,11 @@ class QueueStore(Protocol):
         """Of a final job, the same bytes at every call. None: there is none, or it was purged (`Job.is_purged`)."""
         ...
 
+    async def purge(self, tenant: str, job_id: str) -> Job | None:
+        """A final job's request, result and events are really deleted now, not only when their time is over. The job as it
+        stands, one that has not ended as it was; None: unknown."""
+        ...
+
     async def list_jobs(self, where: JobFilter, cursor: str | None = None, limit: int = 20) -> JobPage:
         """Newest first; children of one parent by position. A cursor that is not ours starts at the beginning."""
         ...

@@ -199,6 +199,13 @@ class SqliteQueueStore:
         except StorageError as error:
             raise StoreAwayError(str(error)) from error
 
+    async def purge(self, tenant: str, job_id: str) -> Job | None:
+        row, files = await self._thread.write(lambda c, now: queue_sweep.purge(c, tenant, job_id, now))
+        self._content.remove(files)
+        if row is not None and row.is_purged:
+            await self._thread.checkpoint()
+        return None if row is None else job_of(row)
+
     async def list_jobs(self, where: JobFilter, cursor: str | None = None, limit: int = 20) -> JobPage:
         rows, after = await self._thread.read(lambda c, _: list_rows(c, where, cursor, limit))
         return JobPage([job_of(row) for row in rows], after)

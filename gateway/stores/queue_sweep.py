@@ -10,7 +10,7 @@ from gateway.overflow.store import FORGET_S
 from gateway.stores import queue_turns
 from gateway.stores.queue_moves import count, expire, lose_owner
 from gateway.stores.queue_parents import expire_parent, stop_children
-from gateway.stores.queue_schema import SUSPECT, JobRow, job_rows, parent_row
+from gateway.stores.queue_schema import SUSPECT, JobRow, find, job_rows, parent_row
 from gateway.stores.sqlite import Connection
 
 _DUE: Final = (
@@ -69,6 +69,18 @@ def sweep(connection: Connection, most: int, now_time: float) -> Sweeping:
     if counts["forgotten"] or counts["purged"]:
         queue_turns.forget_idle(connection)
     return Sweeping(Swept(**counts, is_all=not has_due(connection, now_time)), files)
+
+
+def purge(
+    connection: Connection, tenant: str, job_id: str, now_time: float
+) -> tuple[JobRow | None, list[str]]:
+    """The job as it stands then, and the files whose content is to go."""
+    files: list[str] = []
+    row = find(connection, job_id, tenant)
+    if row is not None and row.state in FINAL and not row.is_purged:
+        _end_of_time(connection, row, now_time, files)
+        row = find(connection, job_id, tenant)
+    return row, files
 
 
 def _end_of_time(connection: Connection, row: JobRow, now_time: float, files: list[str]) -> str:

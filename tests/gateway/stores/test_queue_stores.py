@@ -391,6 +391,24 @@ async def test_a_result_is_purged_after_its_time_and_the_rest_forgotten_later(qu
     assert (await queue.store.stats()).states == {}
 
 
+async def test_a_job_that_has_ended_may_be_purged_at_once(queue):
+    await submit(queue, "job_a", is_stream=True, details=b"d")
+    assert (await queue.store.purge("t1", "job_a")).state == "queued"
+    assert await queue.store.purge("t2", "job_a") is None
+    claimed = await claim(queue)
+    await queue.store.append_events(claimed.lease, 0, [b"e"])
+    await queue.store.finish(claimed.lease, an_answer())
+    assert await queue.store.purge("t2", "job_a") is None
+    assert (await queue.other.result("t1", "job_a")) is not None
+    for _ in range(2):
+        job = await queue.store.purge("t1", "job_a")
+        assert (job.is_purged, job.state, job.details) == (True, "succeeded", b"")
+    assert await queue.other.result("t1", "job_a") is None
+    assert await queue.other.events_after("t1", "job_a", -1) == []
+    queue.clock.forward(FORGET_S + 1)
+    assert (await queue.store.sweep()).forgotten == 1
+
+
 async def test_a_sweep_does_no_more_than_it_is_asked_and_says_so(queue):
     await submit(queue, *(f"job_{n}" for n in range(5)), expires_in_s=60)
     queue.clock.forward(61)
