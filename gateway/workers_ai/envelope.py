@@ -7,7 +7,6 @@ gateway's own code stays readable beside the number, because programs that branc
 from typing import Any, Final
 
 import msgspec
-from msgspec import Raw
 
 AUTHENTICATION: Final = 10000
 NO_SUCH_MODEL: Final = 5007
@@ -89,8 +88,3 @@ def error_of(status: int, body: bytes) -> tuple[int, dict[str, Any]]:
     if code:
         entry["headgate_code"] = code
     return told_status, entry
-
-
-def raw(body: bytes) -> Raw:
-    """Bytes that are JSON already."""
-    return Raw(body)

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from msgspec import Raw
+
 from gateway.workers_ai.answers import NativeStream, UnreadableAnswerError, result_of
 from gateway.workers_ai.envelope import INTERNAL, encode, failed, succeeded
 from gateway.workers_ai.forms import Form
@@ -23,6 +25,8 @@ class NativeAnswer:
             status, body = failed(status, body)
         elif self.form is None:
             return status, headers, body
+        elif status == 202:
+            body = succeeded(Raw(body))  # there was no room, and it became a job
         else:
             try:
                 body = succeeded(result_of(self.form, body))  # compressed, it cannot be read either
