@@ -176,6 +176,19 @@ _WEBHOOK_ENDPOINTS: Final = """
 CREATE TABLE webhook_endpoint (id TEXT PRIMARY KEY NOT NULL, record BLOB NOT NULL) STRICT;
 """
 
+# Jobs whose callers wait on a connection, or did until a moment ago.
+_HELD: Final = """
+CREATE TABLE held (
+    job_id TEXT PRIMARY KEY NOT NULL,
+    tenant TEXT NOT NULL,
+    scope BLOB NOT NULL,
+    since_time REAL NOT NULL,
+    until_time REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX held_by_scope ON held (scope, since_time);
+CREATE INDEX held_by_end ON held (until_time);
+"""
+
 STEPS: Final[tuple[str, ...]] = (
     _LEDGER,
     _KEYS,
@@ -186,4 +199,5 @@ STEPS: Final[tuple[str, ...]] = (
     _NODES,
     _ALERTS,
     _WEBHOOK_ENDPOINTS,
+    _HELD,
 )
