@@ -22,6 +22,7 @@ class EndpointLoad:
         "hash_key",
         "health",
         "in_flight",
+        "in_flight_at_scrape",
         "is_draining",
         "kv_usage",
         "max_in_flight",
@@ -61,6 +62,7 @@ class EndpointLoad:
         self.waiting = 0
         self.kv_usage = 0.0  # 0..1
         self.scraped_at = 0.0  # 0: never
+        self.in_flight_at_scrape = 0  # of `in_flight`, when the figures came in
         self.fresh_until = 0.0
         # Written by health checking: 1 whole, between 0 and 1 warming up, 0 out.
         self.health = 1.0
@@ -74,10 +76,11 @@ class EndpointLoad:
     def requests(self, now: float) -> int:
         """In flight at the endpoint, from all processes: the greater of what we know and what it says itself.
 
-        A late scrape cannot erase what was just sent, and what other gateways sent is not overlooked.
+        A late scrape cannot erase what was just sent, and what other gateways sent is not overlooked; what has come back
+        to us since the scrape is no longer there.
         """
         counted = self.in_flight * self.processes
         if now >= self.fresh_until:
             return counted
-        scraped = self.running + self.waiting
+        scraped = self.running + self.waiting - max(0, self.in_flight_at_scrape - self.in_flight)
         return max(counted, scraped)

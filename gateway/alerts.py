@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import orjson
-from pydantic import AfterValidator, Field, SecretStr, model_validator
+from pydantic import Field
 
-from backends.config import Secret
 from gateway.limit_lifecycle import amount_text, written
 from gateway.limits_config import scope_text
 from gateway.stores import alert_table
 from gateway.stores.alert_table import Alert
 from gateway.stores.sqlite import DATABASE_NAME, Connection, StorageError, explained, open_database
-from gateway.webhooks import check_url, read_secret
+from gateway.webhook_config import WebhookConfig
 from local_engine.config import Section
 from policies.limits.account import Account
 from policies.limits.limit import Limit, Scope
@@ -33,33 +32,6 @@ _log = logging.getLogger(__name__)
 EVENT: Final = "limit.threshold"
 _MAX_REMEMBERED: Final = 20_000
 _COUNTED: Final = frozenset({"period", "rolling"})
-
-
-def _readable(secret: SecretStr) -> SecretStr:
-    if secret.get_secret_value():
-        read_secret(secret.get_secret_value())
-    return secret
-
-
-class WebhookConfig(Section):
-    """A receiver of alerts. What it gets is signed as Standard Webhooks has it."""
-
-    url: str = Field(min_length=1, max_length=2048)
-    """Where alerts are posted: `https://...`."""
-    secrets: tuple[Annotated[Secret, AfterValidator(_readable)], ...] = Field(min_length=1, max_length=4)
-    """What they are signed with, `whsec_...`, from the environment; several while one replaces another. All empty:
-    the entry is off."""
-    private: bool = False
-    """Whether it may be at a private address, without TLS and at any port."""
-
-    @model_validator(mode="after")
-    def _may_go_there(self) -> "WebhookConfig":
-        check_url(self.url, allows_private=self.private)
-        return self
-
-    @property
-    def is_on(self) -> bool:
-        return any(secret.get_secret_value() for secret in self.secrets)
 
 
 class AlertsConfig(Section):

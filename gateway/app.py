@@ -17,7 +17,7 @@ from typing import Final
 from gateway.alerts import Alerts
 from gateway.answer_storage import open_answers
 from gateway.catalog import CatalogBuilder, Placers, Upstreams
-from gateway.config import Config, LimitsConfig
+from gateway.config import Config
 from gateway.control import EndpointState, OfEndpoint
 from gateway.end_user import EndUsers
 from gateway.endpoints.context import Context, new_request_id
@@ -32,12 +32,13 @@ from gateway.leases import Leases
 from gateway.ledger import Ledger
 from gateway.limit_storage import LimitStorage
 from gateway.logs import AccessLog
+from gateway.overflow.worker_queue import Surroundings, WorkerQueue
 from gateway.pinning import Pinning
 from gateway.pipeline import Parts, Pipeline
 from gateway.placement_metrics import watch_placement
 from gateway.placing import Placing
 from gateway.route_builder import rules_of
-from gateway.routes import route
+from gateway.routes import UPLOAD_PATHS, route
 from gateway.runtime import Runtime
 from gateway.sending import Sending
 from gateway.settle import Settler
@@ -57,6 +58,8 @@ from policies.registry import policies
 from policies.rules.rule import Rules
 from policies.session import session_secret
 
+# Of a form around an uploaded file.
+_FORM_BYTES: Final = 65_536
 # How long requests that were cut may take to say so to their clients and settle.
 _CUT_S: Final = 5.0
 
@@ -93,24 +96,28 @@ class App:
             slots=config.ledger.intents,
         )
         pinning = Pinning(storage)
-        self._settler = Settler(
-            self._ledger, telemetry, access_log, name, self._room.ended, pinning.origins.learn
-        )
+        on_room = self._room_freed if config.queue.enabled else self._room.ended
+        self._settler = Settler(self._ledger, telemetry, access_log, name, on_room, pinning.origins.learn)
         self._idempotency = Idempotency(open_answers(config))
         self._sending = Sending(self._settler)
         self._shadowing = Shadowing(self._sending, self._settler, telemetry)
+        self._queue = self._open_queue(name, pepper) if config.queue.enabled else None
+        spill = self._queue.spill if self._queue is not None else None
         parts = Parts(
             self._idempotency,
             self._leases,
             pinning,
-            Placing(self._room),
+            Placing(self._room, spill.park if spill is not None else None),
             self._sending,
             self._shadowing,
             self._settler,
+            spill,
+            self._queue.background if self._queue is not None else None,
         )
-        pipeline = Pipeline(lambda: self._context.runtime, parts)
-        self._context = Context(pipeline, self._build(config))
-        self.server = Server(functools.partial(route, self._context), _refuse, _limits(config.server.limits))
+        self._pipeline = Pipeline(lambda: self._context.runtime, parts)
+        doors = self._queue.doors if self._queue is not None else None
+        self._context = Context(self._pipeline, self._build(config), doors=doors)
+        self.server = Server(functools.partial(route, self._context), _refuse, _limits(config))
         self._tenants = TenantsWatch(storage, _declared(config), self._use_tenants)
         self._watch()
         self._watch_limits()
@@ -127,6 +134,8 @@ class App:
 
     async def start(self) -> None:
         self._health.start()
+        if self._queue is not None:
+            self._queue.start()
         self._context.is_ready = True
 
     def reload(self, config: Config) -> None:
@@ -137,6 +146,8 @@ class App:
         self._config = config
         self._tenants.declare(_declared(config))
         self._context.runtime = dataclasses.replace(runtime, hooks=self._hooks())
+        if self._queue is not None:
+            self._queue.configured()
 
     def unready(self) -> None:
         self._context.is_ready = False
@@ -147,17 +158,24 @@ class App:
     async def drain(self, timeout_s: float) -> int:
         """Lets what is open end, then cuts the rest: an error in band, and settlement. Returns how many were cut."""
         self.server.stop_keepalive()
+        queue, until_at = self._queue, self._loop.time() + timeout_s
+        if queue is not None:
+            queue.close()
         left = await self.server.wait_closed(timeout_s)
         if left:
             self.server.cancel_all()
             await self.server.wait_closed(_CUT_S)
             self.server.abort_all()
+        if queue is not None:
+            await queue.drain(max(0.0, until_at - self._loop.time()))
         await self._shadowing.stop()
         await self._settler.idle()
         return left
 
     async def stop(self) -> None:
         self._health.stop()
+        if self._queue is not None:
+            await self._queue.stop()
         self._settler.stop()
         await self._leases.stop()
         await asyncio.to_thread(self._alerts.close)
@@ -191,6 +209,30 @@ class App:
             )
         self._context.runtime = dataclasses.replace(self._context.runtime, hooks=self._hooks())
 
+    def _open_queue(self, name: str, pepper: bytes) -> WorkerQueue:
+        queue = WorkerQueue(
+            name,
+            Surroundings(
+                config=lambda: self._config,
+                runtime=lambda: self._context.runtime,
+                handle=lambda *request: self._pipeline.handle(*request),  # noqa: PLW0108 - it is made after the queue
+                settler=self._settler,
+                ledger=self._ledger,
+                waiting=self._room.sizes,
+                budget_used=self._budget_used,
+                processes=_workers(self._config),
+                pepper=pepper,
+            ),
+        )
+        queue.watch_metrics(self._telemetry)
+        return queue
+
+    def _room_freed(self, pool: str, after_s: float) -> None:
+        """A request has left an endpoint of this pool: whoever waits in memory first."""
+        self._room.ended(pool, after_s)
+        if self._queue is not None:
+            self._queue.room_freed()
+
     def _hooks(self) -> Hooks:
         is_blocking = self._config.prices.unknown == "block"
         return Hooks(policies(blocks_unpriced=is_blocking, rules=self._rules, limits=self._limits))
@@ -221,6 +263,7 @@ class App:
             response_bytes=config.server.limits.response_bytes,
             idempotency=config.idempotency,
             end_users=EndUsers(config.limits.end_users),
+            takes_flex=config.queue.enabled,
         )
 
     def _watch(self) -> None:
@@ -322,7 +365,8 @@ def _jsonl(config: Config, name: str) -> JsonlLog | None:
     return JsonlLog(path, max_bytes=settings.rotate_bytes, keep=settings.keep)
 
 
-def _limits(limits: LimitsConfig) -> Limits:
+def _limits(config: Config) -> Limits:
+    limits, files = config.server.limits, config.queue.files
     return Limits(
         header_bytes=limits.header_bytes,
         header_count=limits.header_count,
@@ -334,6 +378,8 @@ def _limits(limits: LimitsConfig) -> Limits:
         write_stall_s=limits.write_stall_s,
         connections=limits.connections,
         pipelined_bytes=limits.pipelined_bytes,
+        upload_paths=frozenset(UPLOAD_PATHS) if config.queue.enabled else frozenset(),
+        upload_bytes=files.file_bytes + _FORM_BYTES,
     )
 
 

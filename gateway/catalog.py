@@ -121,8 +121,11 @@ class CatalogBuilder:
         for name, targets in self._config.served_models().items():
             declared = self._config.models[name]
             built = tuple(self._target(name, target, declared.price) for target in targets)
+            for each in built:
+                each.async_price = each.price.scaled(declared.async_price_factor)
             for public in (name, *declared.aliases):
                 models[public] = Model(public, built, created_time=self._now_time)
+                models[public].on_full = declared.on_full or ""
         for provider, settings in self._providers.items():
             for upstream in price_catalogue.names(settings.provider.prices or ""):
                 name = f"{provider}/{upstream}"

@@ -7,6 +7,7 @@ holds secrets, and is for the private pipe to a worker only.
 
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -41,6 +42,7 @@ from gateway.config_file import ConfigError, Document, read_document
 from gateway.idempotency import IdempotencyConfig
 from gateway.keys import DeclaredKey, refusal_of
 from gateway.limits_config import CallerLimitsConfig, Patterns, TeamConfig
+from gateway.overflow.config import QueueConfig
 from gateway.redis_config import RedisConfig
 from gateway.routing_checks import routing_problems
 from gateway.routing_config import FallbackConfig, RuleConfig, ShadowConfig
@@ -305,6 +307,12 @@ class ModelConfig(Section):
     """Models that answer when this one cannot, in this order."""
     shadows: tuple[ShadowConfig, ...] = ()
     """Models that get copies of its requests."""
+    async_price_factor: Decimal = Field(default=Decimal(1), ge=0, le=100)
+    """What a request through the queue costs (a batch's, a background response, a job; not one that was only held), times
+    the price. The ledger's `price_source` tells it: `config x 0.5`."""
+    on_full: Literal["wait", "fallback", "queue", "reject", "hold"] | None = None
+    """What happens when all of its endpoints are full, unless the request or a rule says it; null: wait, then the next
+    target, then the queue for those who asked for it. `hold` and `queue` make a job of it at once (docs/queue.md)."""
     context_tokens: int | None = Field(default=None, ge=1)
     """Its context window. A prompt that is estimated to be longer falls back for `context` before it is sent; null:
     the upstream's answer tells."""
@@ -342,6 +350,7 @@ class Config(Section):
     rules: tuple[RuleConfig, ...] = ()
     prices: PricesConfig = PricesConfig()
     overload: PrioritiesConfig = PrioritiesConfig()
+    queue: QueueConfig = QueueConfig()
 
     def enabled_providers(self) -> dict[str, PoolSettings]:
         """Those that have what they need: listed here, or known and found in the environment when this was loaded."""

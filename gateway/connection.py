@@ -26,6 +26,7 @@ from gateway.http_rules import (
     check_partial_head,
     claimed_path,
 )
+from gateway.large_body import LargeBody
 from gateway.request import Request, answer_head
 
 if TYPE_CHECKING:
@@ -59,8 +60,10 @@ class Connection(asyncio.Protocol):
         "_body_started_at",
         "_chunked",
         "_head",
+        "_held_at",
         "_is_lost",
         "_is_read_paused",
+        "_large",
         "_left_bytes",
         "_phase",
         "_pieces",
@@ -97,6 +100,8 @@ class Connection(asyncio.Protocol):
         # The body being received: by chunks, or so many bytes of a known length.
         self._chunked: ChunkedBody | None = None
         self._pieces: list[bytes | bytearray] = []
+        self._large: LargeBody | None = None  # where the handler takes it from piece by piece
+        self._held_at = 0.0
         self._left_bytes = 0
         self._received_bytes = 0
         self._body_started_at = 0.0
@@ -219,10 +224,14 @@ class Connection(asyncio.Protocol):
         self._received_bytes = 0
         self._body_started_at = request.received_at
         self.deadline_at = inf if head.expects_continue else request.received_at + limits.body_s
+        body_bytes = limits.body_bytes
+        if request.path in limits.upload_paths:
+            body_bytes = limits.upload_bytes
+            self._large = request.large_body = LargeBody(self._hold_body, self._go_on)
         if length == CHUNKED:
-            self._chunked = ChunkedBody(limits.body_bytes, limits.header_bytes)
-        elif length > limits.body_bytes:
-            self._give_up_body(body_too_large(limits.body_bytes))
+            self._chunked = ChunkedBody(body_bytes, limits.header_bytes)
+        elif length > body_bytes:
+            self._give_up_body(body_too_large(body_bytes))
         else:
             self._left_bytes = length
 
@@ -244,29 +253,61 @@ class Connection(asyncio.Protocol):
             self._left_bytes -= len(data)
             is_complete = not self._left_bytes
             pieces = self._pieces
-            if not (is_complete and not pieces):
+            if self._large is not None or not is_complete or pieces:
                 append_piece(pieces, data)
+        if self._large is not None:
+            self._large.add(pieces)
         if not is_complete:
             self._received_bytes += len(data)
-            self.deadline_at = (
-                self._body_started_at
-                + self.server.limits.body_s
-                + self._received_bytes / BODY_RATE_BYTES_PER_S
-            )
+            self._set_body_deadline()
             return
         self._phase = _BUSY
         self.deadline_at = inf
         self._chunked = None
         self._pieces = []
-        request.body_ended(b"".join(pieces) if pieces or chunked is not None else data)
+        if self._large is not None:
+            self._large.end()
+            self._large = None
+            self._read_on()
+        else:
+            request.body_ended(b"".join(pieces) if pieces or chunked is not None else data)
         if rest:
             self._keep_for_later(rest)
+
+    def _set_body_deadline(self) -> None:
+        if not self._is_read_paused:
+            self.deadline_at = (
+                self._body_started_at
+                + self.server.limits.body_s
+                + self._received_bytes / BODY_RATE_BYTES_PER_S
+            )
+
+    def _hold_body(self) -> None:
+        """The handler lags behind: what it takes to catch up is not the client's time."""
+        self._is_read_paused = True
+        self._held_at = perf_counter()
+        self.deadline_at = inf
+        self.transport.pause_reading()
+
+    def _go_on(self) -> None:
+        if self._phase == _BODY:
+            self._read_on()
+            self._body_started_at += perf_counter() - self._held_at
+            self._set_body_deadline()
+
+    def _read_on(self) -> None:
+        if self._is_read_paused:
+            self._is_read_paused = False
+            self.transport.resume_reading()
 
     def _give_up_body(self, refusal: Refusal) -> None:
         self._phase = _DROPPING
         self.deadline_at = inf
         self._chunked = None
         self._pieces = []
+        if self._large is not None:
+            self._large.fail(refusal)
+            self._large = None
         assert self._request is not None
         self._request.body_failed(refusal)
 
@@ -323,9 +364,7 @@ class Connection(asyncio.Protocol):
 
     def _read_stash(self) -> None:
         data, self._stash = self._stash, b""
-        if self._is_read_paused:
-            self._is_read_paused = False
-            self.transport.resume_reading()
+        self._read_on()
         self._read_head(data)
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
@@ -431,9 +470,8 @@ class Connection(asyncio.Protocol):
             self._phase = _LINGERING
             self._left_bytes = LINGER_BYTES
             self.deadline_at = perf_counter() + LINGER_S
-            if self._is_read_paused:
-                self._is_read_paused = False
-                self.transport.resume_reading()
+            self._large = None
+            self._read_on()
             self.server.outbox.flush()
             self.transport.write_eof()
 

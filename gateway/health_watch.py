@@ -76,6 +76,7 @@ class HealthWatch:
                 endpoint.running, endpoint.waiting = word.running, word.waiting
                 endpoint.kv_usage, endpoint.scraped_at = word.kv_usage, now
                 endpoint.fresh_until = now + word.fresh_s
+                endpoint.in_flight_at_scrape = endpoint.in_flight
 
     def shares(self) -> dict[str, float]:
         """By endpoint, the share of its requests that it gets: 0 out, 1 whole. For metrics."""

@@ -41,6 +41,8 @@ class Limits:
     body_s: float = 30.0  # plus one second per 64 KiB received
     write_stall_s: float = 60.0  # without the client taking a byte of what waits for it
     connections: int = 0
+    upload_paths: frozenset[str] = frozenset()  # where bodies may be larger, and are handed on as they come
+    upload_bytes: int = 0
 
 
 class Server:

@@ -23,7 +23,7 @@ from policies.verdict import Denial
 _MAX_TAGS: Final = 8
 _MAX_TAG_BYTES: Final = 64
 
-_PROBLEMS: Final = {
+PROBLEMS: Final = {
     "missing": "no key: send `Authorization: Bearer <key>` or `x-api-key: <key>`",
     "unknown": "this key is not known here; check that it was copied whole",
     "expired": "this key has expired; ask for a new one",
@@ -46,7 +46,7 @@ def identify(exchange: Exchange, request: Request, runtime: Runtime) -> Denial |
     """The caller, by the key in either of the two headers that clients use."""
     caller = _caller(request.headers, runtime)
     if isinstance(caller, str):
-        return Denial(403 if caller == "blocked" else 401, f"key_{caller}", _PROBLEMS[caller])
+        return Denial(403 if caller == "blocked" else 401, f"key_{caller}", PROBLEMS[caller])
     exchange.caller = caller
     exchange.tags = caller.tags
     return None
@@ -77,7 +77,7 @@ async def read(exchange: Exchange, request: Request, runtime: Runtime, provider:
     """The body, decoded under the limit, and the routed fields. Refusal on anything malformed."""
     headers = request.headers
     if b"x-headgate-tags" in headers:
-        _read_tags(exchange, headers[b"x-headgate-tags"])
+        read_tags(exchange, headers)
     if (
         request.query
         and exchange.dialect is not RAW
@@ -95,6 +95,13 @@ async def read(exchange: Exchange, request: Request, runtime: Runtime, provider:
         content_type = headers.get(b"content-type", b"application/octet-stream" if body else b"")
         return Message(body, None, content_type, _passthrough_path(request, provider))
     check_content_type(headers.get(b"content-type"))
+    return take_in(exchange, headers, body, runtime, provider)
+
+
+def take_in(
+    exchange: Exchange, headers: Mapping[bytes, bytes], body: bytes, runtime: Runtime, provider: str = ""
+) -> Message:
+    """The routed fields of a body that is here, of an identified caller's request. Refusal on anything malformed."""
     fields = read_fields(body)
     exchange.model_name = f"{provider}/{fields.model}" if provider else fields.model
     exchange.model = runtime.catalog.find(exchange.model_name)
@@ -111,8 +118,11 @@ async def read(exchange: Exchange, request: Request, runtime: Runtime, provider:
     return Message(body, fields.document)
 
 
-def _read_tags(exchange: Exchange, value: bytes) -> None:
+def read_tags(exchange: Exchange, headers: Mapping[bytes, bytes]) -> None:
     """`x-headgate-tags: a, b` adds to the key's own tags, for the ledger."""
+    value = headers.get(b"x-headgate-tags")
+    if value is None:
+        return
     tags = [tag.strip() for tag in value.split(b",") if tag.strip()]
     if len(tags) > _MAX_TAGS or any(len(tag) > _MAX_TAG_BYTES or not tag.isascii() for tag in tags):
         raise Refusal(

@@ -314,6 +314,22 @@ class Keyring:
                 recent.clear()
             # Into the dict from before the look-up: if the ring changed meanwhile, it has been replaced already.
             recent[token] = entry
+        return self._judged(entry)
+
+    def find_by_id(self, key_id: str) -> Caller | KeyProblem:
+        """As whom work runs that this key handed in earlier; its holder is not there to show it."""
+        stored, declared = self._stored, self._declared
+        hashes = self._hashes_of.get(key_id, ())
+        entries = [stored[h] for h in hashes if h in stored] or [
+            entry for entry in declared.values() if entry.holder.key_id == key_id
+        ]
+        if not entries:
+            return "unknown"
+        # The first is the newest: the key from before a rotation is good for a while only.
+        holder = self._judged(_in_team(entries[0], self._teams))
+        return "unknown" if isinstance(holder, Operator) else holder
+
+    def _judged(self, entry: _Entry) -> Caller | Operator | KeyProblem:
         if entry.is_revoked:
             return "revoked"
         if entry.expires_time is not None and entry.expires_time <= self._clock():

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -104,6 +105,11 @@ class Ledger:
         if self._is_asleep:  # after the append: the thread looks at the rows once more before it sleeps
             self._is_asleep = False
             self._wake.set()
+
+    async def enter(self, rows: Sequence[LedgerRow]) -> bool:
+        """Takes rows that somebody else keeps until they are written; True when they are. However many wait already."""
+        self._rows.extend((row, NO_SLOT) for row in rows)
+        return await self.flush()
 
     def health(self) -> LedgerHealth:
         return LedgerHealth(

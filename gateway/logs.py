@@ -45,6 +45,7 @@ FIELDS: Final = frozenset(
         "port",
         "provider",
         "reason",
+        "receiver",
         "request_id",
         "rows",
         "setting",
@@ -52,6 +53,7 @@ FIELDS: Final = frozenset(
         "status",
         "timeout_s",
         "version",
+        "webhook",
         "worker",
         "workers",
     }

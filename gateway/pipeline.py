@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from backends.dialect import RESPONSES
 from backends.errors import UpstreamError
 from gateway.errors import denial_answer, envelope, error_headers, foreign_error, upstream_answer
 from gateway.fallbacks import Fallbacks
@@ -18,6 +19,8 @@ from gateway.idempotency import HEADER, Idempotency
 from gateway.inbound import Refusal, Request
 from gateway.intake import Message, identify, read
 from gateway.leases import Leases
+from gateway.overflow.background_answer import BackgroundPark
+from gateway.overflow.spill import Spill
 from gateway.pinning import Pinning
 from gateway.placing import Placing
 from gateway.relay import StreamRelay, is_foreign_error, read_whole, relayed_headers
@@ -44,6 +47,8 @@ class Parts(NamedTuple):
     sending: Sending
     shadowing: Shadowing
     settler: Settler
+    spill: Spill | None = None  # None: there is no queue
+    background: BackgroundPark | None = None
 
 
 class Pipeline:
@@ -59,37 +64,42 @@ class Pipeline:
         self._fallbacks = Fallbacks(parts.placing, parts.sending, parts.settler)
         self._shadowing = parts.shadowing
         self._settler = parts.settler
+        self._spill = parts.spill
+        self._background = parts.background
 
-    async def handle(self, request: Request, exchange: Exchange, provider: str = "") -> None:
-        """One request to its end. `provider` narrows a passthrough call to the provider named in its path."""
+    async def handle(
+        self, request: Request, exchange: Exchange, provider: str = "", message: Message | None = None
+    ) -> None:
+        """One request to its end. `provider` narrows a passthrough call to the provider named in its path. With a
+        `message` it is a run of a job, identified and read already."""
         runtime = self._runtime()
         relay: StreamRelay | None = None
         try:
-            denial = identify(exchange, request, runtime)
-            if denial is None:
-                message = await read(exchange, request, runtime, provider)
-                if HEADER in request.headers:
-                    settings = runtime.idempotency
-                    denial = await self._idempotency.begin(exchange, request, settings, message.body)
-                    if exchange.ended == "replayed":
-                        return
-                denial = denial or self._admit(exchange, runtime.hooks.admit)
-                if exchange.lacks or (denial is not None and denial.code == BUDGET_EXCEEDED):
-                    denial = await self._ask_for_more(exchange, runtime, denial)
+            received = message or await self._receive(request, exchange, runtime, provider)
+            if received is None:
+                return  # answered, as what it repeats
+            if isinstance(received, Denial):
+                self._refuse(exchange, request, received)
+                return
+            denial = self._admit(exchange, runtime.hooks.admit)
+            if exchange.lacks or (denial is not None and denial.code == BUDGET_EXCEEDED):
+                denial = await self._ask_for_more(exchange, runtime, denial)
             if denial is not None:
                 self._refuse(exchange, request, denial)
                 return
             if exchange.continues:
                 await self._pinning.pin(exchange)
-            sent = await self._send(exchange, request, message, runtime)
+            sent = await self._send(exchange, request, received, runtime)
             if sent is None:
                 return  # parked, and answered
             if isinstance(sent, Denial):
                 self._refuse(exchange, request, sent)
                 return
             try:
+                if exchange.on_priced is not None:
+                    exchange.upstream_headers = tuple(sent.reply.headers.items())
                 if has_shadows(exchange):
-                    self._shadowing.copy(exchange, request, message, runtime)
+                    self._shadowing.copy(exchange, request, received, runtime)
                 if sent.is_stream:
                     relay = StreamRelay(request, exchange, sent.reply, strips_usage=sent.strips_usage)
                     await relay.run()
@@ -115,6 +125,30 @@ class Pipeline:
             self._settler.settle(exchange, runtime, relay)
             if HEADER in request.headers:
                 self._idempotency.end(exchange, request)
+
+    async def _receive(
+        self, request: Request, exchange: Exchange, runtime: Runtime, provider: str
+    ) -> Message | Denial | None:
+        """Identify and read. None: answered already, as a repetition of what was asked before."""
+        denial = identify(exchange, request, runtime)
+        if denial is not None:
+            return denial
+        message = await read(exchange, request, runtime, provider)
+        if HEADER in request.headers:
+            denial = await self._idempotency.begin(exchange, request, runtime.idempotency, message.body)
+            if denial is not None or exchange.ended == "replayed":
+                return denial
+        if exchange.dialect is RESPONSES and self._background is not None and self._background.wants(message):
+            return await self._background.accept(exchange, request, message)
+        model, spill = exchange.model, self._spill
+        if (
+            spill is not None
+            and model is not None
+            and model.on_full == "hold"
+            and await spill.take_up(exchange, request, message)
+        ):
+            return None
+        return message
 
     def _admit(self, exchange: Exchange, hooks: Sequence[Admit]) -> Denial | None:
         now = time.perf_counter()

@@ -1,7 +1,7 @@
 """The place stage where it may have to wait: what becomes of a request when every endpoint is full.
 
 Its order: a bounded wait for room, the model's next target, the queue, a refusal that says when to come back. The
-client's `x-headgate-on-full` (or Workers AI's `rejectIfBusy`), or a rule, picks one of these instead. Decides
+client's `x-headgate-on-full` (or Workers AI's `rejectIfBusy`), a rule, or the model picks one of these instead. Decides
 nothing about endpoints: that is `policies.placement.place`.
 """
 
@@ -16,11 +16,12 @@ from gateway.runtime import Runtime
 from gateway.waiting_room import WaitingRoom
 from policies.exchange import Exchange
 from policies.placement.place import Choice, choose, place
-from policies.routing import Candidate
+from policies.routing import Candidate, ModelOnFull
 from policies.verdict import Denial
 
-# Takes a request for later and answers its client; False: it does not want it, and nothing was answered.
-Park = Callable[[Exchange, Request, Message], Awaitable[bool]]
+# Takes a request for later and answers its client; False: it does not want it; a Denial: it would, and cannot. In both
+# cases nothing was answered.
+Park = Callable[[Exchange, Request, Message], Awaitable[bool | Denial]]
 
 
 class Placing:
@@ -60,14 +61,14 @@ class Placing:
         """
         now = time.perf_counter()
         choices = place(exchange, runtime.health, now)
-        on_full = exchange.on_full
+        on_full = self._wish(exchange)
         if on_full == "reject":
             return self._refusal(exchange, choices[0], 429, "pool_full")
-        if on_full == "fallback":
+        if on_full in {"fallback", "hold"}:
             found = self._elsewhere(exchange, choices)
             if found is not None or not may_park:
                 return found or self._refusal(exchange, choices[0], 429, "pool_full")
-        if on_full != "queue":
+        if on_full not in {"queue", "hold"}:
             found = await self._wait(exchange, runtime, choices)
             if found is not None:
                 return found
@@ -76,19 +77,26 @@ class Placing:
             if found is not None:
                 return found
         if (
-            on_full in {"", "queue"}
+            on_full in {"", "queue", "hold"}
             and may_park
             and self._park is not None
-            and await self._park(exchange, request, message)
+            and (parked := await self._park(exchange, request, message))
         ):
-            return None
-        if on_full == "queue":
+            return parked if isinstance(parked, Denial) else None
+        if on_full in {"queue", "hold"}:
             return self._refusal(exchange, choices[0], 429, "no_queue")
         if not any(choice.candidates for choice in choices):
             return self._refusal(exchange, choices[0], 503, "no_endpoint")
         if exchange.waited_s:
             return self._refusal(exchange, choices[0], 503, "wait_timeout")
         return self._refusal(exchange, choices[0], 429, "room_full")
+
+    def _wish(self, exchange: Exchange) -> ModelOnFull:
+        """The client's word, else a rule's, else the model's: that one only where there is a queue to take it."""
+        model = exchange.model
+        if exchange.on_full or model is None:
+            return exchange.on_full
+        return "" if self._park is None and model.on_full in {"queue", "hold"} else model.on_full
 
     async def _wait(
         self, exchange: Exchange, runtime: Runtime, choices: list[Choice]

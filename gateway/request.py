@@ -6,15 +6,16 @@ in, and hears from it when the answer has ended.
 
 import asyncio
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from gateway.http_rules import Head, Refusal
 from gateway.recording import Recording
 
 if TYPE_CHECKING:
     from gateway.connection import Connection
+    from gateway.large_body import LargeBody
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -23,6 +24,20 @@ _colon_join: Final = b": ".join
 _STATUS_LINES: Final = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
+
+
+class Translation(Protocol):
+    """Says an answer in another form than it was made in, while it is written."""
+
+    def whole(self, status: int, headers: Headers, body: bytes) -> tuple[int, Headers, bytes]: ...
+
+    def begin(self, status: int, headers: Headers) -> Headers:
+        """The head of a stream."""
+
+    def piece(self, data: bytes) -> bytes: ...
+
+    def rest(self) -> bytes:
+        """What was held back until the end."""
 
 
 class Request:
@@ -44,12 +59,14 @@ class Request:
         "is_finished",
         "is_gone",
         "is_started",
+        "large_body",
         "method",
         "path",
         "peer",
         "query",
         "received_at",
         "recording",
+        "translation",
     )
 
     def __init__(self, connection: "Connection", head: Head, received_at: float) -> None:
@@ -71,7 +88,9 @@ class Request:
         self._body_waiter: asyncio.Future[bytes] | None = None
         self._is_chunked = False
         self._is_open = False  # write() has somewhere to write to
+        self.large_body: LargeBody | None = None  # instead of `body`, where it is to be taken piece by piece
         self.recording: Recording | None = None  # of the answer, for those who want it again
+        self.translation: Translation | None = None
         self._pause: Callable[[], None] | None = None
         self._resume: Callable[[], None] | None = None
 
@@ -83,12 +102,33 @@ class Request:
             raise self._body_refusal
         if self._body_waiter is None:
             self._body_waiter = asyncio.get_running_loop().create_future()
-            if self._expects_continue and not self.is_started:
-                self._connection.invite_body()
+            self._invite_body()
         return await self._body_waiter
+
+    def replace_body(self, body: bytes, content_type: bytes) -> None:
+        """From now on this is what was sent: as it is, and whole."""
+        self._body = body
+        self.headers = {**self.headers, b"content-type": content_type}
+        self.headers.pop(b"content-encoding", None)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it comes, for paths that take uploads (`Limits.upload_paths`). Raises Refusal as `body` does."""
+        large = self.large_body
+        if large is None:
+            yield await self.body()
+            return
+        self._invite_body()
+        while piece := await large.take():
+            yield piece
+
+    def _invite_body(self) -> None:
+        if self._expects_continue and not self.is_started:
+            self._connection.invite_body()
 
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
         """The whole answer; `content-length`, `date` and `connection` are added."""
+        if self.translation is not None:
+            status, headers, body = self.translation.whole(status, headers, body)
         if self.recording is not None:
             self.recording.begin(status, headers, is_stream=False)
             self.recording.add(body)
@@ -102,6 +142,8 @@ class Request:
 
     def start(self, status: int, headers: Headers) -> None:
         """The head of an answer of unknown length, chunked (HTTP/1.0: it ends with the connection)."""
+        if self.translation is not None:
+            headers = self.translation.begin(status, headers)
         if self.recording is not None:
             self.recording.begin(status, headers, is_stream=True)
         self._is_chunked = self._is_http11
@@ -114,6 +156,8 @@ class Request:
 
     def write(self, data: bytes) -> None:
         """Sends one chunk, now."""
+        if self.translation is not None:
+            data = self.translation.piece(data)
         if self.recording is not None:
             self.recording.add(data)
         if self._is_open and data:  # an empty chunk would end the body
@@ -123,6 +167,10 @@ class Request:
         """Ends a started answer as complete."""
         if not self.is_started or self.is_finished:
             return
+        if self.translation is not None and (rest := self.translation.rest()):
+            translation, self.translation = self.translation, None
+            self.write(rest)
+            self.translation = translation
         self.is_finished = True
         if self._is_open and self._is_chunked:
             self._connection.write(b"0\r\n\r\n")

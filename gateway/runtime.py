@@ -31,3 +31,4 @@ class Runtime:
     response_bytes: int
     idempotency: IdempotencyConfig
     end_users: EndUsers
+    takes_flex: bool = False  # there is a queue for `service_tier: "flex"`

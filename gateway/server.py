@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from aiohttp import web
 
 from gateway import floors
-from gateway.alert_delivery import AlertDelivery, receivers_of
+from gateway.alert_delivery import AlertOutbox, receivers_of
 from gateway.config import Config, ManagementConfig, ServerConfig
 from gateway.control import OfEndpoint
 from gateway.engines import Engines
@@ -33,12 +33,14 @@ from gateway.keys import Keyring, load_pepper
 from gateway.logs import start_logging, watch_loop
 from gateway.management.app import Plane
 from gateway.node import Node
+from gateway.overflow.webhooks import QueueWebhooks
 from gateway.patrol import Patrol
 from gateway.reload import ConfigWatch, Reloaded
 from gateway.self_check import SelfCheck
 from gateway.shared_check import SharedCheck
 from gateway.stores.sqlite import StorageError
 from gateway.tenants import Declared, TenantsWatch
+from gateway.webhook_delivery import WebhookDelivery
 from local_engine.processes import StartError
 
 BACKLOG: Final = 4096
@@ -85,7 +87,9 @@ class Server:
         is_alone = config.storage.redis is None
         self._check = SelfCheck(lambda: self._config) if is_alone else SharedCheck(lambda: self._config)
         self._node: Node | None = None
-        self._alerts = AlertDelivery(self._storage, lambda: receivers_of(self._config.alerts))
+        alerts = AlertOutbox(self._storage, lambda: receivers_of(self._config.alerts))
+        self._alerts = WebhookDelivery(alerts, "alert")
+        self._webhooks: QueueWebhooks | None = None
         self._stop = asyncio.Event()
         self._had_terminal = os.isatty(2)
 
@@ -282,6 +286,10 @@ class Server:
     @property
     def declared_key_names(self) -> frozenset[str]:
         return frozenset(entry.name for entry in self._config.keys)
+
+    @property
+    def webhooks(self) -> QueueWebhooks | None:
+        return self._webhooks
 
     async def metrics(self) -> bytes:
         if self._fleet is not None:

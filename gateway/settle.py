@@ -18,7 +18,7 @@ from backends.errors import UpstreamError
 from backends.tap import Tap
 from backends.usage import Usage
 from backends.usage_readers import estimate_input
-from gateway.ledger import Ledger, row_of
+from gateway.ledger import Ledger, LedgerRow, row_of
 from gateway.locality import Locality
 from gateway.logs import AccessLog
 from gateway.relay import StreamRelay
@@ -27,7 +27,7 @@ from gateway.telemetry import Telemetry
 from policies.cost import charge
 from policies.exchange import Exchange
 from policies.placement.place import finish
-from policies.waste import waste_of
+from policies.waste import Waste, waste_of
 
 _log = logging.getLogger(__name__)
 
@@ -60,12 +60,19 @@ class Settler:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="estimate")
 
     def open(self, exchange: Exchange) -> None:
-        """Before the first dispatch: from here on the request has a row even if this worker dies."""
-        self._ledger.open(exchange)
+        """Before the first dispatch: from here on the request has a row even if this worker dies.
+
+        A job has its row from the queue, whichever of its runs ends it.
+        """
+        if exchange.on_priced is None:
+            self._ledger.open(exchange)
 
     def waste(self, exchange: Exchange, failure: UpstreamError | int, now: float) -> None:
         """An attempt has failed, whether another follows or not: an error, or the status of an answer."""
-        wasted = waste_of(exchange, failure, now)
+        self.note_waste(exchange, waste_of(exchange, failure, now))
+
+    def note_waste(self, exchange: Exchange, wasted: Waste) -> None:
+        """Of an attempt, or of a whole run of a job."""
         if exchange.waste is None:
             exchange.waste = []
         exchange.waste.append(wasted)
@@ -92,7 +99,8 @@ class Settler:
         if candidate is None:
             exchange.cost_nanousd = exchange.saved_nanousd = 0  # it was never sent
             return
-        exchange.price = price = candidate.target.price
+        target = candidate.target
+        exchange.price = price = target.async_price if exchange.is_async else target.price
         usage = exchange.usage
         if usage is not None:
             charged = charge(usage, price, exchange.service_tier, exchange.received_time)
@@ -189,6 +197,9 @@ class Settler:
                 self._on_room(candidate.target.pool.name, time.perf_counter() - exchange.dispatched_at)
 
     def _close(self, exchange: Exchange, runtime: Runtime) -> None:
+        if exchange.on_priced is not None:
+            self._hand_back(exchange, exchange.on_priced)
+            return
         try:
             if exchange.cost_nanousd is None:
                 self.price(exchange)
@@ -201,6 +212,30 @@ class Settler:
             self._on_answer(exchange)
         if exchange.caller is not None:  # strangers get no row: a flood of bad keys must not fill the disk
             self._ledger.close(row_of(exchange, worker=self._worker))
+        self._observe(exchange)
+
+    def _hand_back(self, run: Exchange, on_priced: Callable[[], None]) -> None:
+        """A run of a job is priced; what it means is for the queue to say, by `conclude`."""
+        try:
+            if run.cost_nanousd is None:
+                self.price(run)
+            finish(run)
+        finally:
+            on_priced()
+
+    def row_of_job(self, run: Exchange) -> LedgerRow:
+        """Of a job whose last run this is; the exchange has the job's id and moment by now."""
+        return row_of(run, worker=self._worker)
+
+    def conclude(self, run: Exchange, runtime: Runtime) -> None:
+        """What became of a run is on disk, its row with it: what it had reserved is given back or spent, all are told."""
+        for settle in runtime.hooks.settle:
+            settle(run, run.ended_at)
+        if run.answer_id and self._on_answer is not None:
+            self._on_answer(run)
+        self._observe(run)
+
+    def _observe(self, exchange: Exchange) -> None:
         self._telemetry.observe(exchange)
         self.locality.observe(exchange)
         if self._access_log.is_on:

@@ -2,7 +2,8 @@
 
 Owns what a request to a receiver looks like and where it may go. Refuses to know events. Which address is connected to is
 decided where the name is resolved, so that a name which changes its mind between a check and a connection leads nowhere;
-no redirects are followed, no proxy of the environment is used, little of an answer is read.
+no redirects are followed, no proxy of the environment is used, little of an answer is read. Addresses that are not public
+are reached only where an operator lists their network.
 """
 
 import asyncio
@@ -18,9 +19,14 @@ from urllib.parse import urlsplit
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Networks = tuple[Network, ...]
+
 TIMEOUT_S: Final = 15.0
 ANSWER_BYTES: Final = 65_536
+ANYWHERE: Final[Networks] = (ipaddress.IPv4Network("0.0.0.0/0"), ipaddress.IPv6Network("::/0"))
 _PREFIX: Final = "whsec_"
+_INSIDE_NAMES: Final = (".localhost", ".local", ".internal")
 _NAT64: Final = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("64:ff9b:1::/48"))
 
 
@@ -63,73 +69,112 @@ def signature(secrets: Sequence[bytes], message_id: str, sent_time: int, body: b
     )
 
 
-def check_url(url: str, *, allows_private: bool) -> None:
-    """ValueError with a sentence when a webhook cannot go there. A name may still resolve to a forbidden address."""
+def check_url(url: str, allowed: Networks = ()) -> None:
+    """ValueError with a sentence when a webhook cannot go there; a name may still resolve to a forbidden address.
+
+    To a public address: https and port 443. Any other scheme, port or address must be in a network that is `allowed`.
+    """
+    host, is_plain = _read_url(url)
+    if allowed:
+        reach = Reach(allowed, may_be_public=not is_plain)
+    elif is_plain:
+        raise ValueError(
+            "a webhook's URL begins with https:// and has no port (others only inside allowed networks)"
+        )
+    else:
+        reach = PUBLIC
+        if host == "localhost" or host.endswith(_INSIDE_NAMES):
+            raise ValueError("a webhook's host must be public, or in a network that is allowed")
+    try:
+        may_go = reach.covers(host)
+    except ValueError:
+        return  # a name
+    if not may_go:
+        raise ValueError("a webhook's address must be public, or in a network that is allowed")
+
+
+def _read_url(url: str) -> tuple[str, bool]:
+    """The host, and whether the URL is another than https to port 443. ValueError: it is none."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
     except ValueError:
         raise ValueError("a webhook's URL is not valid") from None
-    if parts.scheme not in (("http", "https") if allows_private else ("https",)) or not host:
-        raise ValueError(
-            "a webhook's URL begins with https:// (http:// only where private addresses are allowed)"
-        )
+    if (
+        parts.scheme not in ("http", "https")
+        or not host
+        or not url.isascii()
+        or not url.isprintable()
+        or " " in url
+    ):
+        raise ValueError("a webhook's URL begins with https://")
     if parts.username or parts.password or parts.fragment:
         raise ValueError("a webhook's URL has no user, password or fragment")
-    if allows_private:
-        return
-    if port not in (None, 443):
-        raise ValueError("a webhook goes to port 443; others only where private addresses are allowed")
-    if host == "localhost" or host.endswith((".localhost", ".local", ".internal")):
-        raise ValueError("a webhook's host must be public, or private addresses be allowed")
-    try:
-        is_forbidden = not is_public(host)
-    except ValueError:
-        return  # a name
-    if is_forbidden:
-        raise ValueError("a webhook's address must be public, or private addresses be allowed")
+    return host, parts.scheme == "http" or port not in (None, 443)
+
+
+class Reach(NamedTuple):
+    """Where a connection may end: in these networks, and perhaps anywhere on the internet."""
+
+    networks: Networks
+    may_be_public: bool
+
+    def covers(self, address: str) -> bool:
+        """ValueError: it is no address."""
+        ip = _unwrapped(address)
+        return (self.may_be_public and _is_global(ip)) or any(ip in network for network in self.networks)
+
+
+PUBLIC: Final = Reach((), may_be_public=True)
 
 
 def is_public(address: str) -> bool:
     """Whether the address is one on the internet, also where it is wrapped into another. ValueError: it is none."""
+    return _is_global(_unwrapped(address))
+
+
+def _unwrapped(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inner is None and any(ip in network for network in _NAT64):
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF)
-        if inner is not None:
-            ip = inner
+    if not isinstance(ip, ipaddress.IPv6Address):
+        return ip
+    inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+    if inner is None and (any(ip in network for network in _NAT64) or 1 < int(ip) <= 0xFFFF_FFFF):
+        inner = ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF)
+    return ip if inner is None else inner
+
+
+def _is_global(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-class _PublicResolver(AbstractResolver):
-    """Addresses that are public; an OSError where a name has no others."""
+class _GuardedResolver(AbstractResolver):
+    """Addresses within reach; an OSError where a name has no others."""
 
-    def __init__(self) -> None:
+    def __init__(self, reach: Reach) -> None:
+        self._reach = reach
         self._resolver = aiohttp.ThreadedResolver()
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         found = await self._resolver.resolve(host, port, family)
-        public = [each for each in found if is_public(each["host"])]
-        if not public:
+        reached = [each for each in found if self._reach.covers(each["host"])]
+        if not reached:
             raise OSError(f"{host} has no public address")
-        return public
+        return reached
 
     async def close(self) -> None:
         await self._resolver.close()
 
 
 class Sender:
-    """Sends events. One for receivers anywhere, one for those whose private addresses are allowed."""
+    """Sends events, with a connector of its own for each reach that receivers have."""
 
     def __init__(self) -> None:
-        self._public = _session(_PublicResolver())
-        self._private = _session(aiohttp.ThreadedResolver())
+        self._sessions: dict[Reach, aiohttp.ClientSession] = {}
 
     async def send(
-        self, url: str, secrets: Sequence[bytes], message: tuple[str, int, bytes], *, allows_private: bool
+        self, url: str, secrets: Sequence[bytes], message: tuple[str, int, bytes], allowed: Networks = ()
     ) -> Outcome:
         """`message`: its id, the time of this attempt, the body. Never raises for what a receiver does."""
         message_id, sent_time, body = message
@@ -140,11 +185,12 @@ class Sender:
             "webhook-timestamp": str(sent_time),
             "webhook-signature": signature(secrets, message_id, sent_time, body),
         }
-        session = self._private if allows_private else self._public
         try:
-            # A literal address never comes to the resolver.
-            check_url(url, allows_private=allows_private)
-            async with session.post(url, data=body, headers=headers, allow_redirects=False) as answer:
+            check_url(url, allowed)  # a literal address never comes to the resolver
+            reach = Reach(allowed, may_be_public=not _read_url(url)[1])
+            async with self._session(reach).post(
+                url, data=body, headers=headers, allow_redirects=False
+            ) as answer:
                 await answer.content.read(ANSWER_BYTES)
                 return Outcome(answer.status, "", _retry_after_s(answer.headers.get("retry-after")))
         except TimeoutError:
@@ -154,7 +200,13 @@ class Sender:
             return Outcome(0, f"{type(error).__name__}: {reason}"[:200])
 
     async def close(self) -> None:
-        await asyncio.gather(self._public.close(), self._private.close())
+        await asyncio.gather(*(session.close() for session in self._sessions.values()))
+
+    def _session(self, reach: Reach) -> aiohttp.ClientSession:
+        session = self._sessions.get(reach)
+        if session is None:
+            session = self._sessions[reach] = _session(_GuardedResolver(reach))
+        return session
 
 
 def _session(resolver: AbstractResolver) -> aiohttp.ClientSession:

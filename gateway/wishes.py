@@ -22,6 +22,7 @@ _ON_FULL: Final[dict[bytes, OnFull]] = {word.encode(): word for word in get_args
 _PRIORITIES: Final = {name.encode(): place for place, name in enumerate(PRIORITIES)}
 _AFFINITIES: Final = {b"none": False, b"session": True}
 _REJECT_IF_BUSY: Final = "rejectIfBusy"
+_FLEX: Final = b'"flex"'
 
 
 class _Conversation(msgspec.Struct):
@@ -50,6 +51,10 @@ def read_wishes(exchange: Exchange, headers: Mapping[bytes, bytes], fields: Fiel
     if b"x-headgate-on-full" in headers:
         exchange.on_full = _word(headers, b"x-headgate-on-full", _ON_FULL)
     values = fields.document.values
+    if runtime.takes_flex and "service_tier" in values and bytes(values["service_tier"]) == _FLEX:
+        exchange.on_full = exchange.on_full or "queue"
+        exchange.priority = max(priority, len(runtime.ceilings) - 1)
+        exchange.ceiling = runtime.ceilings[exchange.priority]
     if ("options" in values or _REJECT_IF_BUSY in values) and _rejects_if_busy(values):
         exchange.on_full = "reject"
     if b"x-headgate-affinity" in headers and not _word(headers, b"x-headgate-affinity", _AFFINITIES):

@@ -4,7 +4,7 @@ Stages write to it, policies read it, `settle` turns it into a ledger row. It ho
 policies must be able to judge an Exchange that `headgate explain` made up.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -33,6 +33,7 @@ Ended = Literal[
     "completed",  # the whole answer of the upstream was relayed, whatever its status
     "denied",  # a policy of ours said no, nothing was sent
     "replayed",  # a repetition, answered with the kept answer to the first
+    "parked",  # it became a job of the queue, whose row has what it cost; answered 202, or with the job's answer
     "invalid",  # the request itself was refused (400, 404, 413, ...)
     "client_gone",  # the client closed the connection
     "upstream_failed",  # no usable answer from any candidate
@@ -79,6 +80,7 @@ class Exchange(msgspec.Struct):
     # identify
     caller: Caller | None = None
     tags: tuple[str, ...] = ()
+    is_async: bool = False  # through the queue: at the model's price for that
     is_shadow: bool = False  # a copy of another request: nobody waits for its answer, no caller pays
     # read
     read_at: float = 0.0
@@ -120,6 +122,7 @@ class Exchange(msgspec.Struct):
     waste: list[Waste] | None = None  # attempts that failed
     dispatched_at: float = 0.0
     intent: tuple[Any, ...] | None = None  # what the ledger wrote of it when it was first sent off
+    upstream_headers: Sequence[tuple[bytes, bytes]] = ()  # of the answer to a run of a job
     # relay
     first_byte_at: float = 0.0  # head of the answer seen
     ready_at: float = (
@@ -139,6 +142,7 @@ class Exchange(msgspec.Struct):
     price: "Price | None" = None
     cost_nanousd: int | None = None  # None: the price or the usage is unknown
     saved_nanousd: int | None = None  # what a cache took off the cost
+    on_priced: "Callable[[], None] | None" = None  # a run of a job: who has it ends it, not `settle`
 
     @property
     def overhead_s(self) -> float:

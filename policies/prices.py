@@ -5,6 +5,7 @@ a ledger row can be priced again.
 """
 
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Final, Literal
 
 from policies import price_catalogue
@@ -25,6 +26,13 @@ class Price:
     card: RateCard | None = None
     card_hash: str = ""
     gaps: tuple[str, ...] = ()
+
+    def scaled(self, factor: Decimal) -> "Price":
+        """The price times `factor`, which its source tells; what is free or unknown stays so."""
+        if self.card is None or factor == 1:
+            return self
+        card = self.card.scaled(factor)
+        return Price(self.kind, f"{self.source} x {factor}", card, card.hash, self.gaps)
 
 
 FREE: Final = Price("free", "config")

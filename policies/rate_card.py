@@ -80,6 +80,17 @@ class RateCard:
                 return rates
         return None
 
+    def scaled(self, factor: Decimal) -> "RateCard":
+        """The same card with every rate times `factor`, half to even."""
+        return RateCard(
+            Period(
+                self._days[place // len(self._seconds)],
+                self._seconds[place % len(self._seconds)],
+                {tier: _scaled(steps, factor) for tier, steps in cards.items()},
+            )
+            for place, cards in enumerate(self._table)
+        )
+
     @property
     def flat(self) -> Rates | None:
         """The standard rates, where neither the size of the prompt nor the time changes them."""
@@ -114,6 +125,19 @@ def compile_steps(ladders: Ladders) -> Steps | None:
 def nanousd(dollars: Decimal) -> int:
     """Dollars to nano-dollars, half to even."""
     return int((dollars * _NANO).quantize(Decimal(1), ROUND_HALF_EVEN))
+
+
+def _scaled(steps: Steps | None, factor: Decimal) -> Steps | None:
+    if steps is None:
+        return None
+
+    def scaled(rate: int) -> int:
+        return int((rate * factor).quantize(Decimal(1), ROUND_HALF_EVEN))
+
+    return tuple(
+        (above, Rates._make(rate if isinstance(rate, bool) else scaled(rate) for rate in rates))
+        for above, rates in steps
+    )
 
 
 def _rates_at(edge: int, ladders: Ladders) -> Rates:

@@ -5,7 +5,7 @@ one endpoint of one target, a group all of one target's. The catalog is immutabl
 """
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
@@ -19,6 +19,10 @@ from policies.prices import Price
 if TYPE_CHECKING:
     from policies.rules.fallback import ModelRouting
 
+# What is to happen when all of its endpoints are full, unless client or rule say it. `hold`: it becomes a job of the
+# queue while its client waits on the connection. "": the gateway's order.
+ModelOnFull = Literal["", "wait", "fallback", "queue", "reject", "hold"]
+
 # Rules choose among a model's targets in as many orders as they are written; anything beyond is thrown away and made again.
 _MAX_GROUPINGS: Final = 256
 
@@ -29,7 +33,16 @@ class Target:
     `placer` is None where there is nothing to choose: the pool has one endpoint.
     """
 
-    __slots__ = ("deadlines", "model_json", "name", "placer", "pool", "price", "upstream_model")
+    __slots__ = (
+        "async_price",
+        "deadlines",
+        "model_json",
+        "name",
+        "placer",
+        "pool",
+        "price",
+        "upstream_model",
+    )
 
     def __init__(
         self, name: str, pool: Pool, upstream_model: str, price: Price, placer: Placer | None = None
@@ -39,6 +52,7 @@ class Target:
         self.upstream_model = upstream_model
         self.model_json = msgspec.json.encode(upstream_model)  # as it stands in a request
         self.price = price
+        self.async_price = price  # for who came through the queue
         self.placer = placer
         self.deadlines: Deadlines | None = None  # its own, instead of the endpoint's
 
@@ -73,7 +87,7 @@ class Model:
     `routing` is what the configuration says of it beyond them; it names other models, so it is set when all are there.
     """
 
-    __slots__ = ("_groups", "created_time", "name", "owner", "routing", "targets")
+    __slots__ = ("_groups", "created_time", "name", "on_full", "owner", "routing", "targets")
 
     def __init__(
         self, name: str, targets: tuple[Target, ...], owner: str = "headgate", created_time: int = 0
@@ -83,6 +97,7 @@ class Model:
         self.owner = owner
         self.created_time = created_time
         self.routing: ModelRouting | None = None
+        self.on_full: ModelOnFull = ""
         self._groups: dict[tuple[str, tuple[Target, ...] | None], tuple[Group, ...]] = {}
 
     def groups(self, dialect: Dialect, targets: tuple[Target, ...] | None = None) -> tuple[Group, ...]:

@@ -4,6 +4,7 @@ import os
 import time
 from dataclasses import dataclass
 
+from gateway.overflow.doors import Doors
 from gateway.pipeline import Pipeline
 from gateway.runtime import Runtime
 
@@ -15,6 +16,7 @@ class Context:
     pipeline: Pipeline
     runtime: Runtime
     is_ready: bool = False
+    doors: Doors | None = None  # None: there is no queue
 
 
 class _Entropy:

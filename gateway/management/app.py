@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, cast, get_args
 
-import orjson
 from aiohttp import web
 
 from gateway.errors import envelope
@@ -23,14 +22,17 @@ from gateway.keys import KeyProblem, Keyring, Operator
 from gateway.limit_lifecycle import UnknownLimitError, UnknownTeamError
 from gateway.limits_config import LimitConfig
 from gateway.management import keys, limits
+from gateway.management.answers import answer, read_body
+from gateway.management.webhooks import WebhookPaths
+from gateway.overflow.webhooks import QueueWebhooks, UnknownEndpointError, UnknownMessageError
 from gateway.reload import Reloaded
 from gateway.spend import GroupBy, Period, moment_us, spend_by, total_spend
+from gateway.stores.limit_store import StoreAwayError
 from gateway.stores.sqlite import DATABASE_NAME, Connection, StorageError, database
 from gateway.tenants import Declared
 from policies.exchange import Caller
 
 BODY_BYTES: Final = 64 * 1024
-BODY_S: Final = 10.0
 _OPEN_PATHS: Final = frozenset({"/livez", "/readyz"})
 
 _log = logging.getLogger(__name__)
@@ -56,6 +58,10 @@ class Service(Protocol):
     @property
     def declared_key_names(self) -> frozenset[str]:
         """Callers' keys of the running configuration."""
+
+    @property
+    def webhooks(self) -> QueueWebhooks | None:
+        """The queue's; None: there is no queue."""
 
     async def metrics(self) -> bytes: ...
 
@@ -84,10 +90,13 @@ _PROBLEMS: Final[dict[KeyProblem, _Refusal]] = {
 }
 
 
-_NOUNS: Final[dict[type[LookupError], str]] = {
-    UnknownKeyError: "key",
-    UnknownTeamError: "team",
-    UnknownLimitError: "limit",
+# What is not known, and where it would be listed.
+_NOUNS: Final[dict[type[LookupError], tuple[str, str]]] = {
+    UnknownKeyError: ("key", "/api/keys"),
+    UnknownTeamError: ("team", "/api/teams"),
+    UnknownLimitError: ("limit", "/api/limits"),
+    UnknownEndpointError: ("webhook", "/api/webhooks"),
+    UnknownMessageError: ("message", "/api/webhooks/messages"),
 }
 
 
@@ -126,6 +135,7 @@ class Plane:
         app.router.add_delete("/api/limits", self._unset_limit)
         app.router.add_put("/api/limits/raised", self._raise_limit)
         app.router.add_delete("/api/limits/raised", self._end_raise)
+        WebhookPaths(lambda: self._service.webhooks).add_to(app)
         return app
 
     @web.middleware
@@ -142,14 +152,14 @@ class Plane:
                 return response
             except ValueError as error:
                 refusal = _Refusal(400, "invalid_request", str(error))
-            except (UnknownKeyError, UnknownTeamError, UnknownLimitError) as error:
-                what = _NOUNS[type(error)]
-                refusal = _Refusal(404, "not_found", f"There is no such {what}: GET /api/{what}s lists them.")
+            except tuple(_NOUNS) as error:
+                what, where = _NOUNS[type(error)]
+                refusal = _Refusal(404, "not_found", f"There is no such {what}: GET {where} lists them.")
             except TimeoutError:
                 refusal = _Refusal(408, "request_timeout", "The body did not arrive in time.")
             except web.HTTPException as error:
                 refusal = _http_refusal(error, request)
-            except StorageError as error:
+            except (StorageError, StoreAwayError) as error:
                 refusal = _Refusal(503, "storage_unavailable", str(error))
             except Exception:  # noqa: BLE001 - the last line: no traceback to a client
                 _log.exception("a management request failed through a bug", extra={"request_id": request_id})
@@ -189,18 +199,18 @@ class Plane:
         return _PROBLEMS[holder]
 
     async def _live(self, _: web.Request) -> web.Response:
-        return _answer({"status": "ok"})
+        return answer({"status": "ok"})
 
     async def _ready(self, _: web.Request) -> web.Response:
         if self._service.is_ready:
-            return _answer({"status": "ok", **self._service.readiness()})
-        return _answer({"status": "not ready"}, 503)
+            return answer({"status": "ok", **self._service.readiness()})
+        return answer({"status": "not ready"}, 503)
 
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=await self._service.metrics(), headers={"content-type": CONTENT_TYPE})
 
     async def _status(self, _: web.Request) -> web.Response:
-        return _answer(self._service.status())
+        return answer(self._service.status())
 
     async def _costs(self, request: web.Request) -> web.Response:
         by = cast("GroupBy", request.query.get("by", "key"))
@@ -217,105 +227,109 @@ class Plane:
             groups = [group._asdict() for group in spend_by(connection, by, period)]
             return {"by": by, "groups": groups, "total": total_spend(connection, period)._asdict()}
 
-        return _answer(await self._in_database(summed, may_write=False))
+        return answer(await self._in_database(summed, may_write=False))
 
     async def _reload(self, _: web.Request) -> web.Response:
         try:
             result = await self._service.reload()
         except RuntimeError as error:
-            return _answer({"applied": False, "problems": [str(error)], "needs_restart": []}, 500)
+            return answer({"applied": False, "problems": [str(error)], "needs_restart": []}, 500)
         told = {
             "applied": not result.problems,
             "problems": list(result.problems),
             "needs_restart": list(result.needs_restart),
         }
-        return _answer(told, 422 if result.problems else 200)
+        return answer(told, 422 if result.problems else 200)
 
     async def _restart(self, _: web.Request) -> web.Response:
         if self._service.restart():
-            return _answer({"status": "restarting"}, 202)
-        return _answer({"status": "a restart is under way"}, 409)
+            return answer({"status": "restarting"}, 202)
+        return answer({"status": "a restart is under way"}, 409)
 
     async def _list_keys(self, request: web.Request) -> web.Response:
         is_all = request.query.get("all", "") not in ("", "0", "false")
-        return _answer(await self._in_database(lambda c: keys.listed(c, is_all=is_all), may_write=False))
+        return answer(await self._in_database(lambda c: keys.listed(c, is_all=is_all), may_write=False))
 
     async def _create_key(self, request: web.Request) -> web.Response:
-        wanted = keys.parse(keys.KeyBody, await _body(request))
+        wanted = keys.parse(keys.KeyBody, await read_body(request))
         made = await self._in_database(lambda c: keys.create(c, self._pepper, wanted), may_write=True)
-        return _answer(made, 201)
+        return answer(made, 201)
 
     async def _show_key(self, request: web.Request) -> web.Response:
         name = request.match_info["key"]
-        return _answer(await self._in_database(lambda c: keys.shown(c, name), may_write=False))
+        return answer(await self._in_database(lambda c: keys.shown(c, name), may_write=False))
 
     async def _revoke_key(self, request: web.Request) -> web.Response:
         name = request.match_info["key"]
-        return _answer(await self._in_database(lambda c: keys.revoke(c, name), may_write=True))
+        return answer(await self._in_database(lambda c: keys.revoke(c, name), may_write=True))
 
     async def _rotate_key(self, request: web.Request) -> web.Response:
         name = request.match_info["key"]
-        wanted = keys.parse(keys.RotateBody, await _body(request) or b"{}")
-        return _answer(
+        wanted = keys.parse(keys.RotateBody, await read_body(request) or b"{}")
+        return answer(
             await self._in_database(lambda c: keys.rotate(c, self._pepper, name, wanted), may_write=True)
         )
 
     async def _change_key(self, request: web.Request) -> web.Response:
         name = request.match_info["key"]
-        wanted = keys.parse(keys.ChangeBody, await _body(request))
-        return _answer(await self._in_database(lambda c: keys.change(c, name, wanted), may_write=True))
+        wanted = keys.parse(keys.ChangeBody, await read_body(request))
+        return answer(await self._in_database(lambda c: keys.change(c, name, wanted), may_write=True))
 
     async def _list_teams(self, _: web.Request) -> web.Response:
         declared = self._service.declared
-        return _answer(await self._in_database(lambda c: limits.list_teams(c, declared), may_write=False))
+        return answer(await self._in_database(lambda c: limits.list_teams(c, declared), may_write=False))
 
     async def _create_team(self, request: web.Request) -> web.Response:
-        wanted, declared = keys.parse(limits.NewTeamBody, await _body(request)), self._service.declared
+        wanted, declared = keys.parse(limits.NewTeamBody, await read_body(request)), self._service.declared
         made = await self._in_database(lambda c: limits.create_team(c, declared, wanted), may_write=True)
-        return _answer(made, 201)
+        return answer(made, 201)
 
     async def _show_team(self, request: web.Request) -> web.Response:
         name, declared = request.match_info["team"], self._service.declared
-        return _answer(
-            await self._in_database(lambda c: limits.show_team(c, declared, name), may_write=False)
-        )
+        return answer(await self._in_database(lambda c: limits.show_team(c, declared, name), may_write=False))
 
     async def _change_team(self, request: web.Request) -> web.Response:
         name, declared = request.match_info["team"], self._service.declared
-        wanted = keys.parse(limits.TeamBody, await _body(request))
-        return _answer(
+        wanted = keys.parse(limits.TeamBody, await read_body(request))
+        return answer(
             await self._in_database(lambda c: limits.change_team(c, declared, name, wanted), may_write=True)
         )
 
     async def _forget_team(self, request: web.Request) -> web.Response:
         name = request.match_info["team"]
-        return _answer(await self._in_database(lambda c: limits.forget_team(c, name), may_write=True))
+        return answer(await self._in_database(lambda c: limits.forget_team(c, name), may_write=True))
 
     async def _list_limits(self, _: web.Request) -> web.Response:
         declared = self._service.declared
-        return _answer(await self._in_database(lambda c: limits.list_limits(c, declared), may_write=False))
+        return answer(await self._in_database(lambda c: limits.list_limits(c, declared), may_write=False))
 
     async def _set_limit(self, request: web.Request) -> web.Response:
-        wanted = keys.parse(LimitConfig, await _body(request))
+        wanted = keys.parse(LimitConfig, await read_body(request))
         declared, names = self._service.declared, self._service.declared_key_names
-        return _answer(
+        return answer(
             await self._in_database(lambda c: limits.set_limit(c, declared, names, wanted), may_write=True)
         )
 
     async def _unset_limit(self, request: web.Request) -> web.Response:
-        which, names = keys.parse(limits.LimitName, await _body(request)), self._service.declared_key_names
-        return _answer(await self._in_database(lambda c: limits.unset_limit(c, names, which), may_write=True))
+        which, names = (
+            keys.parse(limits.LimitName, await read_body(request)),
+            self._service.declared_key_names,
+        )
+        return answer(await self._in_database(lambda c: limits.unset_limit(c, names, which), may_write=True))
 
     async def _raise_limit(self, request: web.Request) -> web.Response:
-        wanted = keys.parse(limits.RaiseBody, await _body(request))
+        wanted = keys.parse(limits.RaiseBody, await read_body(request))
         declared, names = self._service.declared, self._service.declared_key_names
-        return _answer(
+        return answer(
             await self._in_database(lambda c: limits.raise_limit(c, declared, names, wanted), may_write=True)
         )
 
     async def _end_raise(self, request: web.Request) -> web.Response:
-        which, names = keys.parse(limits.LimitName, await _body(request)), self._service.declared_key_names
-        return _answer(await self._in_database(lambda c: limits.end_raise(c, names, which), may_write=True))
+        which, names = (
+            keys.parse(limits.LimitName, await read_body(request)),
+            self._service.declared_key_names,
+        )
+        return answer(await self._in_database(lambda c: limits.end_raise(c, names, which), may_write=True))
 
     async def _in_database(self, work: Callable[[Connection], Any], *, may_write: bool) -> Any:
         def run() -> Any:
@@ -330,19 +344,6 @@ def _token(request: web.Request) -> bytes:
     if scheme.lower() != "bearer":
         token = request.headers.get("x-api-key", "")
     return token.strip().encode("utf-8", "surrogateescape")
-
-
-async def _body(request: web.Request) -> bytes:
-    async with asyncio.timeout(BODY_S):
-        return await request.read()
-
-
-def _answer(told: Any, status: int = 200) -> web.Response:
-    return web.Response(
-        status=status,
-        body=orjson.dumps(told, option=orjson.OPT_APPEND_NEWLINE),
-        content_type="application/json",
-    )
 
 
 def _http_refusal(error: web.HTTPException, request: web.Request) -> _Refusal:

@@ -21,9 +21,9 @@ class Alert(NamedTuple):
 
 
 class Delivery(NamedTuple):
-    """One alert on its way to one receiver; `attempts` so far."""
+    """One alert on its way to one receiver; `attempts` that failed so far."""
 
-    alert_id: str
+    message_id: str
     receiver: str
     payload: bytes
     attempts: int
@@ -47,14 +47,26 @@ def put(connection: Connection, alert: Alert, receivers: Sequence[str]) -> bool:
     return is_new
 
 
-def due(connection: Connection, now_time: float, most: int) -> list[Delivery]:
-    """Those whose time has come, the oldest first."""
-    rows = connection.execute(
-        "SELECT alert_id, receiver, payload, attempts FROM alert_delivery JOIN alert ON id = alert_id "
-        "WHERE next_time <= ? ORDER BY next_time LIMIT ?",
-        (now_time, most),
+def take(connection: Connection, now_time: float, most: int, lease_s: float) -> list[Delivery]:
+    """Those whose time has come, the oldest first; their time comes again after the lease."""
+    with connection:
+        rows = connection.execute(
+            "SELECT alert_id, receiver, payload, attempts FROM alert_delivery JOIN alert ON id = alert_id "
+            "WHERE next_time <= ? ORDER BY next_time LIMIT ?",
+            (now_time, most),
+        )
+        taken = [Delivery(*row) for row in rows]
+        for delivery in taken:
+            put_off(connection, delivery, now_time + lease_s)
+    return taken
+
+
+def put_off(connection: Connection, delivery: Delivery, next_time: float) -> None:
+    """It was not tried."""
+    connection.execute(
+        "UPDATE alert_delivery SET next_time = ? WHERE alert_id = ? AND receiver = ?",
+        (next_time, delivery.message_id, delivery.receiver),
     )
-    return [Delivery(*row) for row in rows]
 
 
 def retry(connection: Connection, delivery: Delivery, next_time: float, error: str) -> None:
@@ -62,7 +74,7 @@ def retry(connection: Connection, delivery: Delivery, next_time: float, error: s
     connection.execute(
         "UPDATE alert_delivery SET attempts = attempts + 1, next_time = ?, error = ? "
         "WHERE alert_id = ? AND receiver = ?",
-        (next_time, error, delivery.alert_id, delivery.receiver),
+        (next_time, error, delivery.message_id, delivery.receiver),
     )
 
 
@@ -71,7 +83,7 @@ def end(connection: Connection, delivery: Delivery, outcome: str) -> None:
     connection.execute(
         "UPDATE alert_delivery SET attempts = attempts + 1, next_time = NULL, error = ? "
         "WHERE alert_id = ? AND receiver = ?",
-        (outcome, delivery.alert_id, delivery.receiver),
+        (outcome, delivery.message_id, delivery.receiver),
     )
 
 

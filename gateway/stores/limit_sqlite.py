@@ -64,6 +64,18 @@ def machine_clocks() -> Clocks:
     return Clocks(lambda: time.time_ns() // 1000, lambda: time.clock_gettime_ns(steady) // 1000, boot)
 
 
+def time_us(connection: Connection, clocks: Clocks, is_held: Callable[[int], bool]) -> int:
+    """The store's time, by the table `clock`; its row is written when nothing is held that a jump would end."""
+    steady_us, wall_us = clocks.steady_us(), clocks.wall_us()
+    row = connection.execute("SELECT boot, steady_us, time_us FROM clock").fetchone()
+    if row is not None and row[0] == clocks.boot and row[1] <= steady_us:
+        now_us: int = row[2] + steady_us - row[1]
+        if abs(wall_us - now_us) < _STEP_US or is_held(now_us):
+            return now_us
+    connection.execute("INSERT OR REPLACE INTO clock VALUES (1, ?, ?, ?)", (clocks.boot, steady_us, wall_us))
+    return wall_us
+
+
 class SqliteLimitStore:
     """A LimitStore. StorageError from the constructor when the storage directory cannot be used."""
 
@@ -97,7 +109,7 @@ class SqliteLimitStore:
 
         def work(connection: Connection) -> tuple[int, list[Reading]]:
             holders = _Holders(connection)
-            now_us = self._now_us(connection, holders)
+            now_us = time_us(connection, self._clocks, lambda at_us: bool(holders.live(at_us)))
             live = holders.live(now_us)
             stands = []
             for counter in counters:
@@ -110,7 +122,7 @@ class SqliteLimitStore:
 
     def _apply(self, connection: Connection, update: Update) -> Reply:
         holders = _Holders(connection)
-        now_us = self._now_us(connection, holders)
+        now_us = time_us(connection, self._clocks, lambda at_us: bool(holders.live(at_us)))
         states = _States(connection)
         reply = apply(update, states, holders, now_us)
         states.save(now_us)
@@ -119,20 +131,6 @@ class SqliteLimitStore:
         if self._updates % _SWEEP_EVERY == 0:
             connection.execute("DELETE FROM counter WHERE expires_us <= ?", (now_us,))
         return reply
-
-    def _now_us(self, connection: Connection, holders: "_Holders") -> int:
-        """The store's time; the clock's row is written when there is none that holds."""
-        clocks = self._clocks
-        steady_us, wall_us = clocks.steady_us(), clocks.wall_us()
-        row = connection.execute("SELECT boot, steady_us, time_us FROM clock").fetchone()
-        if row is not None and row[0] == clocks.boot and row[1] <= steady_us:
-            now_us: int = row[2] + steady_us - row[1]
-            if abs(wall_us - now_us) < _STEP_US or holders.live(now_us):
-                return now_us
-        connection.execute(
-            "INSERT OR REPLACE INTO clock VALUES (1, ?, ?, ?)", (clocks.boot, steady_us, wall_us)
-        )
-        return wall_us
 
     def _transact(self, work: Callable[[Connection], _T]) -> _T:
         """Runs the work in a transaction of its own. StoreAwayError when there can be none now."""

@@ -171,6 +171,24 @@ CREATE TABLE alert_delivery (
 CREATE INDEX alert_delivery_due ON alert_delivery (next_time) WHERE next_time IS NOT NULL;
 """
 
+# Receivers of the queue's webhooks; `record` is JSON.
+_WEBHOOK_ENDPOINTS: Final = """
+CREATE TABLE webhook_endpoint (id TEXT PRIMARY KEY NOT NULL, record BLOB NOT NULL) STRICT;
+"""
+
+# Jobs whose callers wait on a connection, or did until a moment ago.
+_HELD: Final = """
+CREATE TABLE held (
+    job_id TEXT PRIMARY KEY NOT NULL,
+    tenant TEXT NOT NULL,
+    scope BLOB NOT NULL,
+    since_time REAL NOT NULL,
+    until_time REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX held_by_scope ON held (scope, since_time);
+CREATE INDEX held_by_end ON held (until_time);
+"""
+
 STEPS: Final[tuple[str, ...]] = (
     _LEDGER,
     _KEYS,
@@ -180,4 +198,6 @@ STEPS: Final[tuple[str, ...]] = (
     _PLACEMENT,
     _NODES,
     _ALERTS,
+    _WEBHOOK_ENDPOINTS,
+    _HELD,
 )

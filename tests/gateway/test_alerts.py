@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from gateway.alert_delivery import RETRIES_S, AlertDelivery, receivers_of
+from gateway.alert_delivery import AlertOutbox, receivers_of
 from gateway.alerts import Alerts, AlertsConfig
 from gateway.limits_config import LimitConfig
 from gateway.stores.sqlite import DATABASE_NAME, database
+from gateway.webhook_delivery import RETRIES_S, WebhookDelivery
 from policies.limits.account import Account
 from policies.limits.messages import Reading
 from tests.gateway.test_webhooks import SECRET, receiving
@@ -125,11 +126,13 @@ async def delivering(worker, tmp_path):
         spend(alerts, account(), 50)
         worker.raised()
         clock = Clock()
-        delivery = AlertDelivery(tmp_path, lambda: receivers_of(settings), clock=clock)
+        delivery = WebhookDelivery(
+            AlertOutbox(tmp_path, lambda: receivers_of(settings)), "alert", clock=clock
+        )
 
         async def go(after_s: float = 0.0) -> int:
             clock.now += after_s
-            return await delivery.deliver_due(sender, receivers_of(settings))
+            return await delivery.deliver_due(sender)
 
         yield receiver, delivery, go
 
@@ -145,7 +148,7 @@ async def test_an_alert_is_delivered_once(worker, tmp_path):
 async def test_a_receiver_that_fails_is_tried_again_later_under_the_same_id(worker, tmp_path):
     async with delivering(worker, tmp_path) as (receiver, delivery, go):
         receiver.answers = [500, 302, 204]
-        assert [await go(), await go(1), await go(5), await go(40), await go(10_000)] == [1, 0, 1, 1, 0]
+        assert [await go(), await go(1), await go(5), await go(340), await go(10_000)] == [1, 0, 1, 1, 0]
     assert len({headers["webhook-id"] for headers, _ in receiver.received}) == 1
     assert len({headers["webhook-timestamp"] for headers, _ in receiver.received}) == 3
     assert (delivery.delivered, delivery.failed) == (1, 2)
@@ -170,11 +173,17 @@ async def test_a_receiver_that_never_answers_well_is_given_up_in_the_end(worker,
 
 
 async def test_what_was_raised_for_a_receiver_no_longer_configured_is_dropped(worker, tmp_path):
-    async with delivering(worker, tmp_path) as (receiver, delivery, _), receiving() as (_, sender):
-        others = {"https://other.acme.example/": receivers_of(AlertsConfig())}
-        assert await delivery.deliver_due(sender, others) == 1
-        assert await delivery.deliver_due(sender, others) == 0
-        assert receiver.received == []
+    async with delivering(worker, tmp_path) as (receiver, _, _), receiving() as (other, sender):
+        moved = AlertsConfig(webhooks=[{"url": other.url, "secrets": [SECRET], "private": True}])
+        delivery = WebhookDelivery(AlertOutbox(tmp_path, lambda: receivers_of(moved)), "alert")
+        assert await delivery.deliver_due(sender) == 1
+        assert await delivery.deliver_due(sender) == 0
+        assert receiver.received == other.received == []
+
+
+async def test_while_nobody_is_to_hear_of_alerts_they_wait(tmp_path):
+    async with receiving() as (_, sender):
+        assert await WebhookDelivery(AlertOutbox(tmp_path, dict), "alert").deliver_due(sender) == 0
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from gateway.exposition import CONTENT_TYPE
 from gateway.first_start import make_first_keys
 from gateway.keys import Keyring, load_pepper
 from gateway.limits_config import TeamConfig
+from gateway.management import answers
 from gateway.management import app as management
 from gateway.management.app import Plane
 from gateway.reload import Reloaded
@@ -25,6 +26,7 @@ class FakeService:
         self.has_open_metrics = False
         self.details: dict[str, str] = {}
         self.is_restarting = False
+        self.webhooks = None
         self.declared = Declared({"research": TeamConfig(organisation="acme")}, ())
         self.declared_key_names = frozenset({"ci"})
         self.result: Reloaded | Exception = Reloaded(config=None)  # type: ignore[arg-type]
@@ -243,7 +245,7 @@ async def test_bodies_with_a_content_encoding_are_refused_unread(client):
 
 
 async def test_a_body_that_does_not_arrive_is_given_up(client, monkeypatch):
-    monkeypatch.setattr(management, "BODY_S", 0.1)
+    monkeypatch.setattr(answers, "BODY_S", 0.1)
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     head = f"POST /api/keys HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\nauthorization: Bearer {client.keys.operator}"
     writer.write(head.encode() + b"\r\n\r\n{")

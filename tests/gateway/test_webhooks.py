@@ -2,12 +2,23 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import socket
 
 import pytest
 from aiohttp import web
 
-from gateway.webhooks import Outcome, Sender, check_url, is_public, read_secret, signature
+from gateway.webhooks import (
+    ANYWHERE,
+    Networks,
+    Outcome,
+    Reach,
+    Sender,
+    check_url,
+    is_public,
+    read_secret,
+    signature,
+)
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -54,6 +65,7 @@ def test_what_is_no_secret_is_refused_without_repeating_it(secret):
         "ff02::1",
         "::ffff:127.0.0.1",
         "::ffff:10.0.0.1",
+        "::7f00:1",
         "64:ff9b::7f00:1",
         "64:ff9b::a9fe:a9fe",
         "2002:7f00:1::",
@@ -90,12 +102,42 @@ def test_public_addresses_are(address):
 )
 def test_a_url_that_leads_inside_is_refused(url):
     with pytest.raises(ValueError):
-        check_url(url, allows_private=False)
+        check_url(url)
 
 
 def test_a_private_receiver_must_be_allowed():
-    check_url("https://hooks.acme.example/x?y", allows_private=False)
-    check_url("http://10.0.0.5:8080/hook", allows_private=True)
+    check_url("https://hooks.acme.example/x?y")
+    check_url("http://10.0.0.5:8080/hook", ANYWHERE)
+
+
+OFFICE = (ipaddress.ip_network("10.0.5.0/24"), ipaddress.ip_network("fd00:1::/64"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://hooks.acme.example/",
+        "http://10.0.5.7:8080/",
+        "https://[fd00:1::9]/",
+        "http://hooks.lan/",
+        "https://1.1.1.1/",
+    ],
+)
+def test_an_allowed_network_may_be_written_to(url):
+    check_url(url, OFFICE)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://10.0.6.7/", "https://169.254.169.254/", "http://1.1.1.1/", "https://[::ffff:10.0.6.1]/"]
+)
+def test_beside_the_allowed_networks_the_rule_is_as_without(url):
+    with pytest.raises(ValueError, match="in a network that is allowed"):
+        check_url(url, OFFICE)
+
+
+def test_a_network_is_allowed_however_its_addresses_are_wrapped():
+    assert Reach(OFFICE, may_be_public=False).covers("::ffff:10.0.5.1")
+    assert not Reach(OFFICE, may_be_public=False).covers("1.1.1.1")
 
 
 class Receiver:
@@ -106,11 +148,33 @@ class Receiver:
         self.headers: dict[str, str] = {}
         self.received = []
         self.other = 0
+        self.body_bytes = 1000
+        self.sent_bytes = 0
+        self.is_hanging = False
+        self.release = asyncio.Event()
+        self.under_way = 0
+        self._has_come = asyncio.Condition()
+
+    async def wait_until(self, under_way: int) -> None:
+        async with asyncio.timeout(30), self._has_come:
+            await self._has_come.wait_for(lambda: self.under_way >= under_way)
 
     async def hook(self, request: web.Request) -> web.StreamResponse:
         self.received.append((dict(request.headers), await request.read()))
+        async with self._has_come:
+            self.under_way += 1
+            self._has_come.notify_all()
+        if self.is_hanging:
+            await self.release.wait()
+        self.under_way -= 1
         status = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        return web.Response(status=status, headers=self.headers, body=b"x" * 1000)
+        answer = web.StreamResponse(status=status, headers=self.headers)
+        await answer.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            while self.sent_bytes < self.body_bytes:
+                await answer.write(b"x" * 1000)
+                self.sent_bytes += 1000
+        return answer
 
     async def elsewhere(self, _: web.Request) -> web.Response:
         self.other += 1
@@ -137,9 +201,9 @@ async def receiving():
         await runner.cleanup()
 
 
-async def send(sender: Sender, url: str, *, allows_private: bool = True) -> Outcome:
+async def send(sender: Sender, url: str, allowed: Networks = ANYWHERE) -> Outcome:
     message = ("alert_1", 1_700_000_000, b'{"type":"x"}')
-    return await sender.send(url, [read_secret(SECRET)], message, allows_private=allows_private)
+    return await sender.send(url, [read_secret(SECRET)], message, allowed)
 
 
 async def test_a_receiver_gets_the_body_and_the_three_headers():
@@ -172,7 +236,7 @@ async def test_a_receiver_that_asks_for_time_gets_it_and_one_that_is_gone_is_lef
 async def test_nothing_reaches_this_machine_unless_it_is_allowed(host):
     async with receiving() as (receiver, sender):
         for scheme in ("http", "https"):
-            outcome = await send(sender, f"{scheme}://{host}:{receiver.port}/hook", allows_private=False)
+            outcome = await send(sender, f"{scheme}://{host}:{receiver.port}/hook", ())
             assert outcome.status == 0
             assert outcome.error
     assert receiver.received == []
@@ -186,9 +250,34 @@ async def test_a_name_that_resolves_to_a_private_address_leads_nowhere(monkeypat
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", receiver.port))]
 
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", to_this_machine)
-        outcome = await send(sender, "https://rebound.acme.example/hook", allows_private=False)
+        outcome = await send(sender, "https://rebound.acme.example/hook", ())
     assert "no public address" in outcome.error
     assert receiver.received == []
+
+
+async def test_a_name_is_connected_to_only_inside_what_is_allowed(monkeypatch):
+    """Without TLS not even a public address is, whatever the name says it is now."""
+    this_machine = (ipaddress.ip_network("127.0.0.0/8"),)
+    async with receiving() as (receiver, sender):
+        addresses = ["127.0.0.1"]
+
+        async def to_these(*_, **__):
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, receiver.port)) for each in addresses]
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", to_these)
+        url = f"http://hooks.lan:{receiver.port}/hook"
+        assert (await send(sender, url, this_machine)).is_delivered
+        assert "no public address" in (await send(sender, url, OFFICE)).error
+        addresses[:] = ["192.0.2.1", "10.9.9.9", "1.1.1.1"]
+        assert "no public address" in (await send(sender, url, this_machine)).error
+    assert len(receiver.received) == 1
+
+
+async def test_an_endless_answer_is_not_read_to_its_end():
+    async with receiving() as (receiver, sender):
+        receiver.body_bytes = 100 * 1024 * 1024
+        assert (await send(sender, receiver.url)).is_delivered
+        assert receiver.sent_bytes < 20 * 1024 * 1024
 
 
 async def test_a_receiver_that_is_not_there_is_an_outcome():

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from decimal import Decimal
 
 from policies.prices import FREE, UNKNOWN, PriceBook, PriceConfig
 
@@ -46,3 +47,27 @@ def test_the_public_list_is_loaded_only_when_it_is_asked():
         "book.price('openai', 'gpt-5'); assert 'genai_prices.data' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_scaled_price_scales_every_rate_and_says_so():
+    book = PriceBook()
+    price = book.price("openai", "gpt-5", config(input="0.0375", output=2, batch={"factor": 0.5}))
+    half = price.scaled(Decimal("0.5"))
+    assert half.source == "config x 0.5"
+    assert half.card_hash not in {"", price.card_hash}
+    for tier in ("", "batch"):
+        whole, scaled = (each.card.rates(1, tier, 0.0) for each in (price, half))
+        assert [rate / 2 for rate in whole[:10]] == list(scaled[:10])
+        assert whole[10:] == scaled[10:]
+    assert price.scaled(Decimal(1)) is price
+    assert FREE.scaled(Decimal("0.5")) is FREE
+    assert UNKNOWN.scaled(Decimal("0.5")) is UNKNOWN
+
+
+def test_a_public_price_scales_at_every_time_and_size():
+    price = PriceBook().price("openai", "gpt-5")
+    third = price.scaled(Decimal("0.3"))
+    for tokens in (1, 1_000_000):
+        for moment in (0.0, 1_800_000_000.0):
+            whole, scaled = (each.card.rates(tokens, "", moment) for each in (price, third))
+            assert scaled.output == round(whole.output * 3 / 10)
