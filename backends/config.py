@@ -29,6 +29,7 @@ from pydantic import (
 
 from backends.dialect import DIALECTS
 from backends.health_config import HealthConfig
+from backends.member import Member
 from backends.origin import Origin, Proxy
 from backends.placement_config import PlacementConfig
 from backends.provider import Auth, Provider
@@ -403,6 +404,23 @@ class PoolSettings:
     weights: tuple[float, ...] = ()  # by place in base_urls; empty: all the same
     ranks: int = 1  # data-parallel ranks behind each address
     is_salted: bool = False
+    members: tuple[Member, ...] = ()  # instead of base_urls, where somebody else says who they are
+
+    def all_members(self) -> tuple[Member, ...]:
+        """In the pool's order; named by it where nobody named them."""
+        if self.members:
+            return self.members
+        addresses = [(url, rank) for url in self.base_urls for rank in range(self.ranks)]
+        return tuple(
+            Member(
+                # A provider's account is a pool of one.
+                name=self.name if len(addresses) == 1 else f"{self.name}/{number}",
+                base_url=url,
+                rank=rank if self.ranks > 1 else None,
+                weight=self.weights[number // self.ranks] if self.weights else 1.0,
+            )
+            for number, (url, rank) in enumerate(addresses)
+        )
 
 
 def providers_in(environ: Mapping[str, str]) -> dict[str, dict[str, str]]:
