@@ -25,22 +25,17 @@ class PlanError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes that one device of a replica needs at least, roughly. 0: not known for this model."""
+    """Bytes that one device of a replica needs at least, roughly. 0: not known."""
 
     weights_bytes: int
-    kv_bytes_per_token: int
-    """Of one sequence, on one device."""
-    available_bytes: int
-    """What the engine may take of the device; 0: not known."""
+    kv_bytes_per_token: int  # of one sequence
+    kv_bytes: int  # what is left for the cache
+    available_bytes: int  # what the engine may take of the device; 0 on the CPU
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens of context that fit beside the weights; 0: not known, or none."""
-        if not (self.weights_bytes and self.kv_bytes_per_token and self.available_bytes):
-            return 0
-        # A tenth goes to activations and CUDA graphs.
-        room = self.available_bytes - self.weights_bytes - self.available_bytes // 10
-        return max(room // self.kv_bytes_per_token, 0)
+        """Tokens of context that fit in the cache."""
+        return self.kv_bytes // self.kv_bytes_per_token if self.kv_bytes_per_token else 0
 
 
 @dataclass(frozen=True, slots=True)

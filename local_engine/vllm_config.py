@@ -296,7 +296,9 @@ class VllmConfig(Section):
     start_timeout_s: float = Field(default=1800.0, gt=0)
     """Until an engine answers; the first start fetches the weights."""
     drain_timeout_s: float = Field(default=120.0, ge=0)
-    """How long requests may take that an engine still has when it is to end."""
+    """How long requests may take that an engine still has when it is to end; nothing more is sent to it then."""
+    shutdown_timeout_s: float = Field(default=20.0, ge=0)
+    """How long vLLM itself finishes what it has, once it is told to end. A little later it is killed."""
     command: tuple[str, ...] = Field(default=("vllm", "serve"), min_length=1)
     """What starts an engine, before its arguments."""
     extra_args: tuple[Argument, ...] = ()
