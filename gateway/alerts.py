@@ -17,14 +17,13 @@ from typing import Annotated, Any, Final
 import orjson
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
-from backends.config import Secret
 from gateway.limit_lifecycle import amount_text, written
 from gateway.limits_config import scope_text
 from gateway.stores import alert_table
 from gateway.stores.alert_table import Alert
 from gateway.stores.sqlite import DATABASE_NAME, Connection, StorageError, explained, open_database
 from gateway.webhooks import check_url, read_secret
-from local_engine.config import Section
+from local_engine.config import Secret, Section
 from policies.limits.account import Account
 from policies.limits.limit import Limit, Scope
 

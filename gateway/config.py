@@ -32,7 +32,6 @@ from backends.config import (
     PoolConfig,
     PoolSettings,
     ProviderConfig,
-    Secret,
     providers_in,
 )
 from gateway.alerts import AlertsConfig
@@ -45,7 +44,7 @@ from gateway.redis_config import RedisConfig
 from gateway.routing_checks import routing_problems
 from gateway.routing_config import FallbackConfig, RuleConfig, ShadowConfig
 from gateway.tenants import Declared
-from local_engine.config import RESTART, Section
+from local_engine.config import RESTART, Secret, Section
 from policies.placement.priority import PRIORITIES, PrioritiesConfig, Priority
 from policies.prices import PriceConfig
 from policies.rules.split import SplitBy

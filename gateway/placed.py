@@ -10,10 +10,10 @@ from typing import Self
 
 from pydantic import Field
 
-from backends.config import PoolSettings, Secret
+from backends.config import PoolSettings
 from backends.member import Member
 from gateway.config import Config
-from local_engine.config import Section
+from local_engine.config import Secret, Section
 
 
 class PlacedPool(Section):

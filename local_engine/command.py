@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from local_engine.plan import Role
 from local_engine.presets import NONE, Model
-from local_engine.vllm_config import VllmConfig
+from local_engine.vllm_config import Role, VllmConfig
 
 API_KEY_VARIABLE: Final = "VLLM_API_KEY"
 _RPC_PORT: Final = 29550  # vLLM's own default

@@ -11,11 +11,11 @@ rank alone, so that a session finds its endpoint again after a restart. No secre
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 from local_engine.gpus import Gpu, Machine
+from local_engine.vllm_config import Role
 
-Role = Literal["both", "prefill", "decode"]
 PLACEHOLDER: Final = "***"
 
 

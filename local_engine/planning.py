@@ -27,7 +27,6 @@ from local_engine.plan import (
     PoolPlan,
     RemotePart,
     ReplicaPlan,
-    Role,
     Site,
 )
 from local_engine.presets import Model, describe
@@ -159,12 +158,6 @@ def _check_folder(name: str, spec: VllmConfig) -> None:
         raise PlanError(f"pools.{name}.vllm.model: there is no folder {spec.model} on this machine")
 
 
-def _role(spec: VllmConfig, slot: int) -> Role:
-    if spec.roles is None:
-        return "both"
-    return "prefill" if slot < spec.roles.prefill else "decode"
-
-
 def _seat(name: str, spec: VllmConfig, slot: int, site: Site) -> Seat:
     data = spec.data_parallel
     servers = data.size_local if data.mode == "external" else 1
@@ -177,7 +170,7 @@ def _seat(name: str, spec: VllmConfig, slot: int, site: Site) -> Seat:
         events, replay = (_socket(site.run_directory, name, what) for what in ("kv", "replay"))
     return Seat(
         name=name,
-        role=_role(spec, slot),
+        role=spec.role(slot),
         host=spec.host,
         port=port,
         size_local=data.size_local,
@@ -226,7 +219,7 @@ def _endpoints(spec: VllmConfig, seat: Seat) -> Iterator[EngineEndpoint]:
         rank = seat.start_rank + place
         port = seat.port + place if data.mode == "external" else seat.port
         yield EngineEndpoint(
-            name=seat.name if data.size == 1 else f"{seat.name}.r{rank}",
+            name=spec.endpoint_name(seat.name, rank),
             base_url=f"http://{_bracketed(seat.host)}:{port}/v1",
             rank=rank if data.size > 1 and data.mode != "external" else None,
             engine=str(rank),

@@ -7,9 +7,11 @@ of vLLM has vLLM's name for it. Refuses to know GPUs that are there, ports that 
 import re
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, Field, PlainValidator, SecretStr, WithJsonSchema, model_validator
+from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
-from local_engine.config import Section
+from local_engine.config import Secret, Section
+
+Role = Literal["both", "prefill", "decode"]
 
 _GPU: Final = re.compile(r"(GPU|MIG)-[0-9a-f-]{4,}")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -303,7 +305,7 @@ class VllmConfig(Section):
     """What starts an engine, before its arguments."""
     extra_args: tuple[Argument, ...] = ()
     """Further arguments of `vllm serve`, as they are; they come last and win."""
-    env: dict[Variable, SecretStr] = Field(default_factory=dict)
+    env: dict[Variable, Secret] = Field(default_factory=dict)
     """Environment variables of the engines; shown nowhere."""
 
     @property
@@ -324,3 +326,22 @@ class VllmConfig(Section):
     def gpus_per_replica(self) -> int:
         """Devices that one replica has on this machine."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel.size_local
+
+    def endpoint_name(self, replica: str, rank: int) -> str:
+        """What one rank of a replica is called; sessions are placed by it."""
+        return replica if self.data_parallel.size == 1 else f"{replica}.r{rank}"
+
+    def role(self, slot: int) -> Role:
+        """What the replica at this place is for; those that compute prompts are the first."""
+        if self.roles is None:
+            return "both"
+        return "prefill" if slot < self.roles.prefill else "decode"
+
+    def endpoint_names(self, pool: str) -> list[tuple[str, Role]]:
+        """Of all slots and ranks, in their order."""
+        ranks = range(self.data_parallel.size)
+        return [
+            (self.endpoint_name(f"{pool}/{slot}", rank), self.role(slot))
+            for slot in range(self.slots)
+            for rank in ranks
+        ]
