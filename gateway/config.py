@@ -37,6 +37,7 @@ from backends.config import (
 from gateway.alerts import AlertsConfig
 from gateway.config_checks import explain, reference_problems, upstream_name
 from gateway.config_file import ConfigError, Document, read_document
+from gateway.engine_checks import engine_problems
 from gateway.idempotency import IdempotencyConfig
 from gateway.keys import DeclaredKey, refusal_of
 from gateway.limits_config import CallerLimitsConfig, Patterns, TeamConfig
@@ -434,6 +435,9 @@ def load(path: Path, environ: Mapping[str, str]) -> Config:
     except ValidationError as error:
         known = {problem.location for problem in problems}
         problems += [p for p in explain(error, Config, document.values) if p.location not in known]
+    if config is not None:
+        listeners = {"server.port": config.server.port, "management.port": config.management.port}
+        problems += engine_problems(config.pools, listeners)
     if config is None or problems:
         raise ConfigError(path, list(dict.fromkeys(map(document.complete, problems))))
     return config

@@ -84,7 +84,7 @@ class ReplicaPlan:
 
     def shown_env(self) -> dict[str, str]:
         """`env` with placeholders for what is secret."""
-        return {name: PLACEHOLDER if name in self.secrets else value for name, value in self.env.items()}
+        return _shown(self.env, self.secrets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,13 @@ class RemotePart:
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(repr=False)
     secrets: frozenset[str] = frozenset()
-    endpoints: tuple[EngineEndpoint, ...] = ()  # addresses that it serves itself; none when it is headless
+    endpoints: tuple[
+        EngineEndpoint, ...
+    ] = ()  # of its ranks; those of a headless part are reached through the first
+
+    def shown_env(self) -> dict[str, str]:
+        """`env` with placeholders for what is secret."""
+        return _shown(self.env, self.secrets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +124,11 @@ class PoolPlan:
 class Ports(Protocol):
     """Where ports come from: the machine, or a counter in a test."""
 
-    def take(self, count: int, host: str) -> int:
-        """The first of `count` consecutive ports that nobody has. PlanError when there are none."""
+    def take(self, owner: str, count: int, host: str) -> int:
+        """The first of `count` consecutive ports that nobody has; the same again for the same replica.
+
+        PlanError when there are none.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +144,7 @@ class Site:
     run_directory: Path
     api_key: str = field(repr=False)
     taken: frozenset[str] = frozenset()
+
+
+def _shown(env: Mapping[str, str], secrets: frozenset[str]) -> dict[str, str]:
+    return {name: PLACEHOLDER if name in secrets else value for name, value in env.items()}

@@ -5,9 +5,11 @@ machine: it is given one. GPUs are given out in order, to pools that name theirs
 the same machine gives the same plan.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from local_engine.command import (
@@ -34,7 +36,8 @@ from local_engine.vllm_config import VllmConfig
 
 # After vLLM's own --shutdown-timeout: it takes a few seconds to leave.
 _LEAVE_S: Final = 5.0
-_SOCKET_PATH_BYTES: Final = 107
+_SOCKET_PATH_BYTES: Final = 107  # sun_path of unix(7), less its zero
+_DIRECTORY_BYTES: Final = 40  # leaves room for a pool's longest name
 _DEFAULT_SHARE: Final = 0.92  # vLLM's --gpu-memory-utilization
 _EXPERT_SHARE: Final = 0.95  # of a mixture's weights; the rest is on every rank
 _REMOTE_PORT: Final = 8000
@@ -46,11 +49,28 @@ def model_of(spec: VllmConfig) -> Model:
     return describe(spec.model, spec.preset, folder if folder.is_dir() else None)
 
 
-def plan_pools(specs: Mapping[str, VllmConfig], site: Site) -> dict[str, PoolPlan]:
-    """All pools of a configuration, in its order. PlanError when they do not fit together."""
+def run_directory(storage: Path) -> Path:
+    """Where engines' sockets are: in the data directory, or, if its path is too long for one, beside other programs'.
+
+    To be made by its owner, for nobody else (0700).
+    """
+    found = storage.absolute() / "run"
+    if len(str(found)) <= _DIRECTORY_BYTES:
+        return found
+    return Path("/tmp") / f"headgate-{hashlib.sha256(str(found).encode()).hexdigest()[:12]}"  # noqa: S108 - made by its owner, for itself alone
+
+
+def plan_pools(
+    specs: Mapping[str, VllmConfig], site: Site, api_keys: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, PoolPlan]:
+    """All pools of a configuration, in its order. PlanError when they do not fit together.
+
+    `api_keys` are the keys of pools, by name, that have one of their own instead of the site's.
+    """
     taken, plans = set(site.taken), dict[str, PoolPlan]()
     for name in sorted(specs, key=lambda name: not isinstance(specs[name].gpus, tuple)):
-        plans[name] = plan_pool(name, specs[name], replace(site, taken=frozenset(taken)))
+        key = api_keys.get(name, site.api_key)
+        plans[name] = plan_pool(name, specs[name], replace(site, api_key=key, taken=frozenset(taken)))
         taken.update(gpu.uuid for replica in plans[name].replicas for gpu in replica.gpus)
     return {name: plans[name] for name in specs}
 
@@ -90,7 +110,7 @@ def plan_replica(name: str, spec: VllmConfig, slot: int, site: Site) -> ReplicaP
         secrets=frozenset({API_KEY_VARIABLE, *spec.env}),
         host=seat.host,
         port=seat.port,
-        ports=tuple(_ports(spec, seat)),
+        ports=tuple(range(seat.port, seat.port + _port_count(spec))),
         gpus=gpus,
         endpoints=tuple(_endpoints(spec, seat)),
         sockets=tuple(_sockets(seat)),
@@ -158,13 +178,26 @@ def _check_folder(name: str, spec: VllmConfig) -> None:
         raise PlanError(f"pools.{name}.vllm.model: there is no folder {spec.model} on this machine")
 
 
+def fixed_ports(spec: VllmConfig) -> range:
+    """All that the spec's replicas listen on, where it says so itself; empty when they get free ones."""
+    return range(0) if spec.port is None else range(spec.port, spec.port + spec.slots * _port_count(spec))
+
+
+def _servers(spec: VllmConfig) -> int:
+    """API servers of one replica on this machine that have a port of their own."""
+    return spec.data_parallel.size_local if spec.data_parallel.mode == "external" else 1
+
+
+def _port_count(spec: VllmConfig) -> int:
+    """Of one replica: its servers, vLLM's supervisor where there are several, a side channel for each rank."""
+    servers = _servers(spec)
+    return servers + (servers > 1) + (spec.data_parallel.size_local if spec.roles is not None else 0)
+
+
 def _seat(name: str, spec: VllmConfig, slot: int, site: Site) -> Seat:
-    data = spec.data_parallel
-    servers = data.size_local if data.mode == "external" else 1
-    has_supervisor = servers > 1
-    side_channels = data.size_local if spec.roles is not None else 0
-    count = servers + has_supervisor + side_channels
-    port = site.ports.take(count, spec.host) if spec.port is None else spec.port + slot * count
+    servers, count = _servers(spec), _port_count(spec)
+    port = site.ports.take(name, count, spec.host) if spec.port is None else spec.port + slot * count
+    after = port + servers + (servers > 1)
     events = replay = None
     if spec.kv_events and spec.prefix_caching.enabled:
         events, replay = (_socket(site.run_directory, name, what) for what in ("kv", "replay"))
@@ -173,21 +206,12 @@ def _seat(name: str, spec: VllmConfig, slot: int, site: Site) -> Seat:
         role=spec.role(slot),
         host=spec.host,
         port=port,
-        size_local=data.size_local,
-        supervisor_port=port + servers if has_supervisor else None,
-        side_channel_port=port + servers + has_supervisor if side_channels else None,
+        size_local=spec.data_parallel.size_local,
+        supervisor_port=port + servers if servers > 1 else None,
+        side_channel_port=after if spec.roles is not None else None,
         kv_events=events,
         kv_replay=replay,
     )
-
-
-def _ports(spec: VllmConfig, seat: Seat) -> Iterator[int]:
-    """All of them, the servers' first."""
-    data = spec.data_parallel
-    count = data.size_local if data.mode == "external" else 1
-    count += seat.supervisor_port is not None
-    count += data.size_local if seat.side_channel_port is not None else 0
-    yield from range(seat.port, seat.port + count)
 
 
 def _socket(directory: Path, name: str, what: str) -> str:
