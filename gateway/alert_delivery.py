@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from gateway.alerts import AlertsConfig
 from gateway.stores import alert_table
-from gateway.stores.alert_table import Delivery
+from gateway.stores.alert_table import Alert, Delivery
 from gateway.stores.sqlite import DATABASE_NAME, StorageError, database
 from gateway.webhooks import Outcome, Sender, read_secret
 
@@ -69,6 +69,14 @@ class AlertDelivery:
         self._clock = clock
         self._forget_time = 0.0
 
+    async def raise_one(self, alert: Alert) -> None:
+        """Written down, for every receiver there is now; on the way when `run` looks next."""
+        receivers = tuple(self._receivers())
+        try:
+            await asyncio.to_thread(self._put, alert, receivers)
+        except StorageError as error:
+            _log.error("an alert could not be written down: %s", error)
+
     async def run(self) -> None:
         """Until cancelled."""
         sender = Sender()
@@ -89,6 +97,10 @@ class AlertDelivery:
         deliveries = await asyncio.to_thread(self._due)
         await asyncio.gather(*(self._deliver(sender, receivers, each) for each in deliveries))
         return len(deliveries)
+
+    def _put(self, alert: Alert, receivers: tuple[str, ...]) -> None:
+        with database(self._path) as connection:
+            alert_table.put(connection, alert, receivers)
 
     def _due(self) -> list[Delivery]:
         now_time = self._clock()

@@ -46,6 +46,7 @@ from gateway.routing_checks import routing_problems
 from gateway.routing_config import FallbackConfig, RuleConfig, ShadowConfig
 from gateway.tenants import Declared
 from local_engine.config import RESTART, Secret, Section
+from local_engine.supervision_config import EnginesConfig
 from policies.placement.priority import PRIORITIES, PrioritiesConfig, Priority
 from policies.prices import PriceConfig
 from policies.rules.split import SplitBy
@@ -338,6 +339,7 @@ class Config(Section):
         default_factory=dict
     )
     pools: dict[Annotated[str, AfterValidator(upstream_name)], PoolConfig] = Field(default_factory=dict)
+    engines: EnginesConfig = EnginesConfig()
     models: dict[str, ModelConfig] = Field(default_factory=dict)
     rules: tuple[RuleConfig, ...] = ()
     prices: PricesConfig = PricesConfig()

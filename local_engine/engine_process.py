@@ -11,12 +11,14 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from local_engine.engine_records import EngineRecord, EngineRecords
+from local_engine.free_ports import FreePorts
 from local_engine.plan import ReplicaPlan
+from local_engine.planning import process_env
 from local_engine.process_table import (
     ProcessId,
     boot_id,
@@ -104,7 +106,8 @@ class EngineProcess:
                 os.unlink(path)
         if removed:
             _log.info(
-                "shared memory of an engine was removed", extra={"engine": self.record.name, "files": removed}
+                "shared memory of an engine was removed",
+                extra={"engine": self.record.name, "count": len(removed)},
             )
         self._records.forget(self.record.name)
 
@@ -114,23 +117,25 @@ class EngineProcess:
 
 
 class Launcher:
-    """Starts engines of this gateway. `environment` says what a plan's process inherits."""
+    """Starts engines of this gateway, and takes over those of one before it."""
 
     def __init__(
         self,
         records: EngineRecords,
         settings: EnginesConfig,
-        environment: Callable[[ReplicaPlan], Mapping[str, str]],
+        ports: FreePorts,
+        environ: Mapping[str, str],
     ) -> None:
+        """`environ` is that of the parent, of which an engine gets what it may have."""
         self._records = records
         self._settings = settings
-        self._environment = environment
+        self._ports = ports
+        self._environ = environ
         self._adoptable: dict[str, EngineRecord] = {}
-        self._takes: dict[str, list[tuple[int, int]]] = {}
 
-    def note_takes(self, name: str, takes: list[tuple[int, int]]) -> None:
-        """The ports that the plan of a replica was given, for its record."""
-        self._takes[name] = takes
+    def is_of(self, record: EngineRecord, plan: ReplicaPlan) -> bool:
+        """Whether what runs is what would be started."""
+        return record.name == plan.name and record.fingerprint == fingerprint(plan)
 
     def offer(self, record: EngineRecord) -> None:
         """An engine of an earlier gateway, to be adopted when a replica of its name wants to start."""
@@ -139,7 +144,7 @@ class Launcher:
     def adopt(self, plan: ReplicaPlan) -> EngineProcess | None:
         """The engine that runs already for this very plan; None: there is none. Offered once."""
         record = self._adoptable.pop(plan.name, None)
-        if record is None or not record.guard_id.is_alive() or record.fingerprint != fingerprint(plan):
+        if record is None or not record.guard_id.is_alive() or not self.is_of(record, plan):
             return None
         return EngineProcess(record, self._records, None)
 
@@ -160,7 +165,7 @@ class Launcher:
             *plan.argv,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
-            env=dict(self._environment(plan)),
+            env=process_env(plan, self._environ),
             start_new_session=True,
         )
         guard_id = identify(process.pid) or ProcessId(process.pid, 0)
@@ -172,7 +177,7 @@ class Launcher:
             guard=(guard_id.pid, guard_id.started),
             fingerprint=fingerprint(plan),
             api_key=plan.api_key,
-            takes=self._takes.get(name, []),
+            ports=self._ports.held(name),
             members=[(guard_id.pid, guard_id.started)],
             sockets=[str(path) for path in plan.sockets],
         )

@@ -23,7 +23,8 @@ class TakenError(Exception):
 
 
 class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine. `fingerprint` is of its command and environment, `takes` are the ports its plan was given.
+    """One engine. `fingerprint` is of its command and environment, `ports` are those its plan was given
+    (first, count, host; None: it names its own).
 
     `members` are the processes of its group when it was last looked at, the guard included.
     """
@@ -36,7 +37,7 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     guard: tuple[int, int]
     fingerprint: str
     api_key: str
-    takes: list[tuple[int, int]]
+    ports: tuple[int, int, str] | None
     members: list[tuple[int, int]] = []
     shared_memory: list[str] = []
     sockets: list[str] = []

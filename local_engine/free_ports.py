@@ -35,6 +35,14 @@ class FreePorts:
             f"no {count} free ports in a row on {host} between {self._range.start} and {self._range.stop}"
         )
 
+    def hold(self, owner: str, first: int, count: int, host: str) -> None:
+        """A replica has these already: its engine runs."""
+        self._owners[owner] = (first, count, host)
+
+    def held(self, owner: str) -> tuple[int, int, str] | None:
+        """First, count and host of what a replica has."""
+        return self._owners.get(owner)
+
 
 def _are_free(ports: range, host: str) -> bool:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

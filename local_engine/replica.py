@@ -145,7 +145,7 @@ class Replica:
             raise AssertionError(f"{self.plan.name}: {self.state} does not lead to {state}")
         if state not in ("starting", "probing"):
             self._give_place_back()
-        fields: dict[str, Any] = {"engine": self.plan.name, "from": self.state, "wish": self.wish}
+        fields: dict[str, Any] = {"engine": self.plan.name, "was": self.state}
         if state in ("backing_off", "crash_looped") and self.cause is not None:
             _log.warning("an engine is %s: %s", state.replace("_", " "), self.cause.text, extra=fields)
         else:

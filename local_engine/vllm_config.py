@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
 from local_engine.config import Secret, Section
+from local_engine.supervision_config import ScaleConfig, SupervisionConfig
 
 Role = Literal["both", "prefill", "decode"]
 
@@ -144,8 +145,8 @@ class ExpertParallelConfig(Section):
 class PrefixCachingConfig(Section):
     """Prompts that begin alike share what was computed for the beginning."""
 
-    enabled: bool = True
-    """`false` computes everything anew."""
+    enabled: bool | None = None
+    """`false` computes everything anew; null: vLLM's choice, which is to share wherever the model lets it."""
     hash_algorithm: Literal["sha256", "sha256_cbor", "xxhash", "xxhash_cbor"] = "sha256_cbor"
     """What blocks are known by. `sha256_cbor` can be computed outside vLLM, too: the exact prefix index needs it."""
     block_size: int | None = Field(default=None, ge=1)
@@ -301,6 +302,10 @@ class VllmConfig(Section):
     """How long requests may take that an engine still has when it is to end; nothing more is sent to it then."""
     shutdown_timeout_s: float = Field(default=20.0, ge=0)
     """How long vLLM itself finishes what it has, once it is told to end. A little later it is killed."""
+    scale: ScaleConfig | None = None
+    """How many replicas run, by what they have to do; null: `replicas`, until `headgate engine scale` says otherwise."""
+    supervision: SupervisionConfig = SupervisionConfig()
+    """How engines are watched and restarted."""
     command: tuple[str, ...] = Field(default=("vllm", "serve"), min_length=1)
     """What starts an engine, before its arguments."""
     extra_args: tuple[Argument, ...] = ()

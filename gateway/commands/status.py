@@ -1,25 +1,14 @@
-"""`headgate status`: what the running service says of itself, asked for on the management plane.
+"""`headgate status`: what the running service says of itself, asked for on the management plane."""
 
-Knows of the service only where the plane is. The operator key is read from the environment, so that it
-is neither in a process list nor in a shell's history.
-"""
-
-import http.client
 import json
-import os
-import urllib.error
-import urllib.request
-from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-import typer
 from rich.console import Console
 
+from gateway.commands.plane import DEFAULT_CONFIG, ConfigOption, JsonOption, KeyOption, Plane, UrlOption
 from gateway.commands.storage import fail
 from gateway.commands.tables import Column, print_table
-from gateway.config import DEFAULT_PATH, ConfigError, load
 
-_TIMEOUT_S: Final = 10.0
 _ENDPOINTS: Final = (
     Column("Endpoint"),
     Column("State"),
@@ -32,25 +21,16 @@ _ENDPOINTS: Final = (
 
 
 def status(
-    url: Annotated[
-        str,
-        typer.Option(
-            "--url",
-            envvar="HEADGATE_MANAGEMENT_URL",
-            help="Where the management plane is; default: where the configuration has it.",
-        ),
-    ] = "",
-    key: Annotated[
-        str, typer.Option(envvar="HEADGATE_OPERATOR_KEY", help="An operator key; better set the variable.")
-    ] = "",
-    config_path: Annotated[
-        Path, typer.Option("--config", "-c", envvar="HEADGATE_CONFIG", help="The configuration file.")
-    ] = DEFAULT_PATH,
+    url: UrlOption = "",
+    key: KeyOption = "",
+    config_path: ConfigOption = DEFAULT_CONFIG,
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Workers, endpoints and their health, as the running service sees them."""
-    told = _ask(url or _configured(config_path), key)
+    told = Plane(url, key, config_path).ask("/api/status")
+    if "workers" not in told:
+        fail("What answers there is not a management plane of Headgate.")
     if as_json:
         print(json.dumps(told, indent=2))
         return
@@ -84,40 +64,3 @@ def _row(endpoint: dict[str, Any]) -> list[str]:
 
 def _number(value: int | None) -> str:
     return "" if value is None else str(value)
-
-
-def _configured(path: Path) -> str:
-    try:
-        plane = load(path, os.environ).management
-    except ConfigError as error:
-        fail(str(error))
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(plane.host, plane.host)  # noqa: S104 - looked for, not bound
-    return f"http://[{host}]:{plane.port}" if ":" in host else f"http://{host}:{plane.port}"
-
-
-def _ask(url: str, key: str) -> dict[str, Any]:
-    if not url.startswith(("http://", "https://")):
-        fail("--url must begin with http:// or https://.")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    request = urllib.request.Request(f"{url.rstrip('/')}/api/status", headers=headers)  # noqa: S310 - checked above
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310 - the scheme is checked above
-            told = json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        with error:
-            fail(_reason(error))
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
-        fail(
-            f"Nothing that speaks for Headgate answers at {url} ({reason}). Is it running? --url says where."
-        )
-    if not isinstance(told, dict) or "workers" not in told:
-        fail(f"What answers at {url} is not a management plane of Headgate.")
-    return told
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.loads(error.read())["error"]["message"])
-    except (ValueError, KeyError, TypeError, OSError):
-        return f"The management plane answered with status {error.code}."
