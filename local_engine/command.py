@@ -262,10 +262,10 @@ def _memory(spec: VllmConfig, cache_bytes: int) -> Iterator[str]:
 
 def _cache(spec: VllmConfig, seat: Seat) -> Iterator[str]:
     caching = spec.prefix_caching
-    if not caching.enabled:
-        yield "--no-enable-prefix-caching"
-    else:
-        yield from ("--enable-prefix-caching", "--prefix-caching-hash-algo", caching.hash_algorithm)
+    if caching.enabled is not None:
+        yield "--enable-prefix-caching" if caching.enabled else "--no-enable-prefix-caching"
+    if caching.enabled is not False:
+        yield from ("--prefix-caching-hash-algo", caching.hash_algorithm)
     yield from _option("--block-size", caching.block_size)
     if seat.kv_events is not None:
         events = {

@@ -99,7 +99,6 @@ def plan_replica(name: str, spec: VllmConfig, slot: int, site: Site) -> ReplicaP
     cache_bytes = cpu_cache_bytes(spec, site.machine.memory_bytes) if spec.gpus == "none" else 0
     env = environment(spec, seat, site.api_key, tuple(gpu.uuid for gpu in gpus))
     shutdown_s = float(shutdown_timeout_s(spec))
-    runner = model.runner if spec.runner == "auto" else spec.runner
     return ReplicaPlan(
         name=seat.name,
         pool=name,
@@ -116,7 +115,7 @@ def plan_replica(name: str, spec: VllmConfig, slot: int, site: Site) -> ReplicaP
         sockets=tuple(_sockets(seat)),
         side_channel_port=seat.side_channel_port,
         probe_model=spec.served_name,
-        probes_embedding=runner == "pooling",
+        probes_embedding=_runner(spec) == "pooling",
         api_key=site.api_key,
         memory=_memory(spec, model, gpus, cache_bytes),
         start_timeout_s=spec.start_timeout_s,
@@ -199,7 +198,7 @@ def _seat(name: str, spec: VllmConfig, slot: int, site: Site) -> Seat:
     port = site.ports.take(name, count, spec.host) if spec.port is None else spec.port + slot * count
     after = port + servers + (servers > 1)
     events = replay = None
-    if spec.kv_events and spec.prefix_caching.enabled:
+    if spec.kv_events and spec.prefix_caching.enabled is not False and _runner(spec) == "generate":
         events, replay = (_socket(site.run_directory, name, what) for what in ("kv", "replay"))
     return Seat(
         name=name,
@@ -212,6 +211,10 @@ def _seat(name: str, spec: VllmConfig, slot: int, site: Site) -> Seat:
         kv_events=events,
         kv_replay=replay,
     )
+
+
+def _runner(spec: VllmConfig) -> str:
+    return model_of(spec).runner if spec.runner == "auto" else spec.runner
 
 
 def _socket(directory: Path, name: str, what: str) -> str:
