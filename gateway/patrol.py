@@ -135,6 +135,10 @@ class Patrol:
             for key in [key for key in beat.out if key[0] == worker]:
                 del beat.out[key]
 
+    def endpoints_of(self, pool: str) -> list[Endpoint]:
+        """As this process sees them: with what was scraped of them, and nothing in flight."""
+        return [endpoint for beat in self._beats if beat.pool.name == pool for endpoint in beat.endpoints]
+
     def view(self) -> list[dict[str, Any]]:
         """For operators: by endpoint its state, why, how its last probe ended, its load and how old that is."""
         now = time.perf_counter()
@@ -144,10 +148,6 @@ class Patrol:
                 "state": "closed" if endpoint.is_draining else "out" if reasons else "up",
                 "reason": reasons[0] if reasons else "",
                 "out_in_workers": len(reasons),
-    def endpoints_of(self, pool: str) -> list[Endpoint]:
-        """As this process sees them: with what was scraped of them, and nothing in flight."""
-        return [endpoint for beat in self._beats if beat.pool.name == pool for endpoint in beat.endpoints]
-
                 "last_probe": beat.last_probe,
                 "running": load.running if load is not None else None,
                 "waiting": load.waiting if load is not None else None,
@@ -231,6 +231,8 @@ class Patrol:
             load = _load_of(beat, each)
             if load is not None:
                 fresh_s = _FRESH_ROUNDS * health.scrape_every_s
+                each.running, each.waiting, each.kv_usage = load.running, load.waiting, load.kv_usage
+                each.scraped_at, each.fresh_until = beat.scraped_at, beat.scraped_at + fresh_s
                 self._tell(Scraped(each.name, load.running, load.waiting, load.kv_usage, fresh_s), "")
 
     def _tell_look(self, beat: _Beat, reason: str) -> None:
@@ -249,8 +251,6 @@ def _by_address(endpoints: tuple[Endpoint, ...]) -> list[list[Endpoint]]:
     """The ranks behind one address are asked together."""
     found: dict[tuple[object, str], list[Endpoint]] = {}
     for endpoint in endpoints:
-                each.running, each.waiting, each.kv_usage = load.running, load.waiting, load.kv_usage
-                each.scraped_at, each.fresh_until = beat.scraped_at, beat.scraped_at + fresh_s
         found.setdefault((endpoint.connections.origin, endpoint.base_path), []).append(endpoint)
     return list(found.values())
 
