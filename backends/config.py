@@ -21,7 +21,6 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     SecretStr,
-    SerializationInfo,
     ValidationInfo,
     WithJsonSchema,
     model_validator,
@@ -29,12 +28,14 @@ from pydantic import (
 
 from backends.dialect import DIALECTS
 from backends.health_config import HealthConfig
+from backends.member import Member
 from backends.origin import Origin, Proxy
 from backends.placement_config import PlacementConfig
 from backends.provider import Auth, Provider
 from backends.registry import KNOWN
 from backends.transport import Deadlines
-from local_engine.config import Section, SimulatorConfig
+from local_engine.config import Secret, Section, SimulatorConfig
+from local_engine.vllm_config import VllmConfig
 
 # Headers that frame a message or carry its credentials: never the client's or the operator's to set.
 _FRAMING: Final = frozenset(
@@ -44,12 +45,6 @@ _FRAMING: Final = frozenset(
 _CREDENTIALS: Final = frozenset({"authorization", "proxy-authorization", "x-api-key", "api-key", "cookie"})
 _HEADER_NAME: Final = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+")
 _DIRECT: Final = "direct"
-
-
-def _dump_secret(value: SecretStr, info: SerializationInfo) -> str:
-    if info.context and info.context.get("reveal"):
-        return value.get_secret_value()
-    return str(value)  # asterisks, or nothing if there is nothing to hide
 
 
 def _anchor(path: Path, info: ValidationInfo) -> Path:
@@ -124,7 +119,6 @@ def _ca_file(path: Path) -> Path:
     return path
 
 
-Secret = Annotated[SecretStr, PlainSerializer(_dump_secret)]
 LocalPath = Annotated[Path, AfterValidator(_anchor)]
 CaFile = Annotated[Path, AfterValidator(_anchor), AfterValidator(_ca_file)]
 Names = Annotated[
@@ -319,7 +313,7 @@ class ProviderConfig(UpstreamConfig):
 
 
 class PoolConfig(UpstreamConfig):
-    """Engines of your own that serve the same models: addresses, or simulators that Headgate runs itself.
+    """Engines of your own that serve the same models: addresses, or engines that Headgate runs itself.
 
     A pool also takes `auth`, `paths`, `drops`, `forwards`, `may_ask_usage`, `headers`, `proxy`, `ca_file`, `verify`
     and `deadlines`, as a provider does.
@@ -338,25 +332,31 @@ class PoolConfig(UpstreamConfig):
     data_parallel_ranks: int = Field(default=1, ge=1, le=1024)
     """Ranks behind each address (vLLM's internal or hybrid balancing). Each has a cache of its own, so each is an
     endpoint of its own, named to vLLM by the header `X-data-parallel-rank`."""
-    cache_salt: bool = False
+    cache_salt: bool | None = None
     """Whether tenants' prefix caches are kept apart: `cache_salt` of every request is set here, never by a client
-    alone. Without it, how quick an answer is may tell that somebody else sent the same beginning."""
+    alone. Without it, how quick an answer is may tell that somebody else sent the same beginning. Not given: yes for
+    `vllm`, no for others."""
     simulator: SimulatorConfig | None = None
     """Run engine simulators instead."""
+    vllm: VllmConfig | None = None
+    """Run vLLM instead (docs/engine.md)."""
 
     @model_validator(mode="after")
     def _has_engines(self) -> "PoolConfig":
-        if self.enabled and bool(self.endpoints) == (self.simulator is not None):
-            raise ValueError("needs either endpoints or simulator")
+        sources = (bool(self.endpoints), self.simulator is not None, self.vllm is not None)
+        if self.enabled and sum(sources) != 1:
+            raise ValueError("needs one of endpoints, vllm and simulator")
         if len(set(self.endpoints)) != len(self.endpoints):
             raise ValueError("endpoints: the same address twice")
+        if self.vllm is not None and (self.weights or self.data_parallel_ranks > 1):
+            raise ValueError("weights and data_parallel_ranks are for endpoints; vllm has data_parallel")
         engines = len(self.endpoints) if self.simulator is None else self.simulator.replicas
         if self.weights and len(self.weights) != engines:
             raise ValueError("weights: must be as many as endpoints")
         return self
 
     def resolve(self, name: str, outbound: OutboundConfig) -> "PoolSettings":
-        """Only for a pool that is on. A simulator's addresses are known when it runs, so there are none."""
+        """Only for a pool that is on. The addresses of engines are known when they run, so there are none."""
         record = KNOWN[self.type or ("vllm" if self.simulator is None else "simulator")]
         proxy = self._own_proxy()
         return PoolSettings(
@@ -374,7 +374,8 @@ class PoolConfig(UpstreamConfig):
             health=self.health,
             weights=self.weights,
             ranks=self.data_parallel_ranks,
-            is_salted=self.cache_salt,
+            is_salted=self.vllm is not None if self.cache_salt is None else self.cache_salt,
+            members=() if self.vllm is None else _not_running(name, self.vllm),
         )
 
 
@@ -403,6 +404,31 @@ class PoolSettings:
     weights: tuple[float, ...] = ()  # by place in base_urls; empty: all the same
     ranks: int = 1  # data-parallel ranks behind each address
     is_salted: bool = False
+    members: tuple[Member, ...] = ()  # instead of base_urls, where somebody else says who they are
+
+    def all_members(self) -> tuple[Member, ...]:
+        """In the pool's order; named by it where nobody named them."""
+        if self.members:
+            return self.members
+        addresses = [(url, rank) for url in self.base_urls for rank in range(self.ranks)]
+        return tuple(
+            Member(
+                # A provider's account is a pool of one.
+                name=self.name if len(addresses) == 1 else f"{self.name}/{number}",
+                base_url=url,
+                rank=rank if self.ranks > 1 else None,
+                weight=self.weights[number // self.ranks] if self.weights else 1.0,
+            )
+            for number, (url, rank) in enumerate(addresses)
+        )
+
+
+def _not_running(pool: str, spec: VllmConfig) -> tuple[Member, ...]:
+    """The members of a pool whose engines nobody has started: named, closed, and nowhere."""
+    return tuple(
+        Member(name=name, base_url=f"http://127.0.0.1:{number + 1}", role=role, is_open=False)
+        for number, (name, role) in enumerate(spec.endpoint_names(pool))
+    )
 
 
 def providers_in(environ: Mapping[str, str]) -> dict[str, dict[str, str]]:

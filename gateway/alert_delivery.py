@@ -1,17 +1,20 @@
 """Alerts on their way to receivers: their outbox is in the database, and the parent of this machine empties it."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from gateway.alerts import AlertsConfig
 from gateway.stores import alert_table
-from gateway.stores.alert_table import Delivery
-from gateway.stores.sqlite import DATABASE_NAME, Connection, database
+from gateway.stores.alert_table import Alert, Delivery
+from gateway.stores.sqlite import DATABASE_NAME, Connection, StorageError, database
 from gateway.webhook_delivery import LEASE_S, Receiver
 
 _FORGET_S: Final = 3600.0
+
+_log = logging.getLogger(__name__)
 
 
 def receivers_of(settings: AlertsConfig) -> dict[str, Receiver]:
@@ -26,6 +29,14 @@ class AlertOutbox:
         self._path = storage / DATABASE_NAME
         self._receivers = receivers
         self._forget_time = 0.0
+
+    async def raise_one(self, alert: Alert) -> None:
+        """Written down, for every receiver there is now; on the way when delivery looks next."""
+        receivers = tuple(self._receivers())
+        try:
+            await self._run(lambda c: alert_table.put(c, alert, receivers))
+        except StorageError as error:
+            _log.error("an alert could not be written down: %s", error)
 
     async def take(self, most: int, now_time: float) -> Sequence[Delivery]:
         if not self._receivers():

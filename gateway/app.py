@@ -18,7 +18,7 @@ from gateway.alerts import Alerts
 from gateway.answer_storage import open_answers
 from gateway.catalog import CatalogBuilder, Placers, Upstreams
 from gateway.config import Config
-from gateway.control import EndpointState, OfEndpoint
+from gateway.control import OfEndpoint, Told
 from gateway.end_user import EndUsers
 from gateway.endpoints.context import Context, new_request_id
 from gateway.errors import edge_answer
@@ -46,6 +46,7 @@ from gateway.shadowing import Shadowing
 from gateway.telemetry import Telemetry
 from gateway.tenants import Declared, Tenants, TenantsWatch
 from gateway.waiting_room import WaitingRoom
+from gateway.waking import Waking
 from policies.exchange import Exchange
 from policies.limits.book import LimitBook
 from policies.limits.holding import Holding
@@ -75,6 +76,7 @@ class App:
         self._placers = Placers()
         self._health = HealthWatch()
         self._room = WaitingRoom(config.overload.classes())
+        self._waking = Waking()
         pepper = load_pepper(storage, config.pepper())
         self._session_secret = session_secret(pepper)
         self._keyring = Keyring(storage, pepper, config.declared_keys())
@@ -107,7 +109,7 @@ class App:
             self._idempotency,
             self._leases,
             pinning,
-            Placing(self._room, spill.park if spill is not None else None),
+            Placing(self._room, spill.park if spill is not None else None, want=self._waking.want),
             self._sending,
             self._shadowing,
             self._settler,
@@ -126,11 +128,15 @@ class App:
     def open_connections(self) -> int:
         return self.server.open_connections
 
-    def attach(self, tell: Callable[[EndpointState], None]) -> None:
+    def attach(self, tell: Callable[[Told], None]) -> None:
         self._health.attach(tell)
+        self._waking.attach(tell)
 
     def hear(self, word: OfEndpoint) -> None:
         self._health.hear(word)
+
+    def in_flight(self, endpoints: list[str]) -> int:
+        return self._upstreams.in_flight(endpoints)
 
     async def start(self) -> None:
         self._health.start()

@@ -7,11 +7,11 @@ forgotten, and close their connections when they have been idle. Knows no provid
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from itertools import product
 from typing import Final
 
 from backends.config import PoolSettings
 from backends.health_config import HealthConfig
+from backends.member import Member
 from backends.placement_config import PlacementConfig
 from backends.pool import Endpoint, Pool
 from backends.transport import ConnectionPool, Origin
@@ -27,41 +27,56 @@ _MAX_RESOLVED: Final = 1024
 
 
 class Upstreams:
-    """The endpoints in use, by pool and address. One per worker, for its whole life."""
+    """The endpoints in use, by pool and address, and those that are not but have requests. One per worker."""
 
     def __init__(self, processes: int = 1) -> None:
         """`processes`: how many of ours, each with Upstreams of its own, send to the same endpoints."""
-        self._endpoints: dict[tuple[str, str, int], tuple[PoolSettings, Endpoint]] = {}
+        self._endpoints: dict[tuple[str, str, int | None], tuple[PoolSettings, Endpoint]] = {}
+        self._leaving: list[Endpoint] = []
         self._processes = processes
 
     def pools(self, settings: Iterable[PoolSettings]) -> dict[str, Pool]:
         """The pools of this configuration, by name; endpoints of others are dropped."""
-        kept: dict[tuple[str, str, int], tuple[PoolSettings, Endpoint]] = {}
+        kept: dict[tuple[str, str, int | None], tuple[PoolSettings, Endpoint]] = {}
         pools: dict[str, Pool] = {}
         for pool in settings:
             # Another replica in the list changes nothing for this one, nor does how it is chosen.
             shared = replace(
-                pool, base_urls=(), weights=(), placement=PlacementConfig(), health=HealthConfig()
+                pool, base_urls=(), weights=(), members=(), placement=PlacementConfig(), health=HealthConfig()
             )
-            addresses = list(product(pool.base_urls, range(pool.ranks)))
-            for number, (url, rank) in enumerate(addresses):
-                # Opaque: an address is nobody's business, and a provider's account is a pool of one.
-                name = pool.name if len(addresses) == 1 else f"{pool.name}/{number}"
-                known = self._endpoints.get((pool.name, url, rank))
+            members = pool.all_members()
+            for member in members:
+                key = (pool.name, member.base_url, member.rank)
+                known = self._endpoints.get(key)
                 if known is not None and known[0] == shared:
                     endpoint = known[1]
-                    endpoint.name = name
+                    endpoint.name = member.name
                 else:
-                    endpoint = _endpoint(shared, name, url, rank)
-                endpoint.weight = pool.weights[number // pool.ranks] if pool.weights else 1.0
+                    endpoint = _endpoint(shared, member)
+                if pool.members:
+                    # Whoever named it will name the one that follows it so, at whatever address.
+                    endpoint.hash_key = member.name.encode()
+                endpoint.weight = member.weight
+                endpoint.is_draining = not member.is_open
                 endpoint.max_in_flight = pool.placement.max_in_flight
                 endpoint.max_waiting = pool.placement.max_waiting
                 endpoint.processes = self._processes
-                kept[pool.name, url, rank] = (shared, endpoint)
-            endpoints = tuple(kept[pool.name, url, rank][1] for url, rank in addresses)
+                kept[key] = (shared, endpoint)
+            endpoints = tuple(kept[pool.name, member.base_url, member.rank][1] for member in members)
             pools[pool.name] = Pool(pool.name, endpoints, is_salted=pool.is_salted)
+        staying = {endpoint for _, endpoint in kept.values()}
+        self._leaving = [
+            endpoint
+            for endpoint in (*self._leaving, *self.endpoints())
+            if endpoint.in_flight and endpoint not in staying
+        ]
         self._endpoints = kept
         return pools
+
+    def in_flight(self, names: Iterable[str]) -> int:
+        """Requests of this process at endpoints of these names, also at those that a reload has replaced."""
+        wanted = set(names)
+        return sum(e.in_flight for e in (*self._leaving, *self.endpoints()) if e.name in wanted)
 
     def endpoints(self) -> list[Endpoint]:
         return [endpoint for _, endpoint in self._endpoints.values()]
@@ -87,12 +102,15 @@ class Placers:
         return known[1]
 
 
-def _endpoint(pool: PoolSettings, name: str, url: str, rank: int) -> Endpoint:
-    origin, base_path = Origin.parse(url, proxy=pool.proxy, ca_file=pool.ca_file, verify=pool.verify)
-    endpoint = Endpoint(name, pool.provider, ConnectionPool(origin), base_path, pool.api_key, pool.deadlines)
+def _endpoint(pool: PoolSettings, member: Member) -> Endpoint:
+    origin, base_path = Origin.parse(
+        member.base_url, proxy=pool.proxy, ca_file=pool.ca_file, verify=pool.verify
+    )
+    connections = ConnectionPool(origin)
+    endpoint = Endpoint(member.name, pool.provider, connections, base_path, pool.api_key, pool.deadlines)
     endpoint.take_keys(pool.more_api_keys)
-    if pool.ranks > 1:
-        endpoint.be_rank(rank)
+    if member.rank is not None:
+        endpoint.be_rank(member.rank)
     return endpoint
 
 

@@ -33,12 +33,12 @@ from backends.config import (
     PoolConfig,
     PoolSettings,
     ProviderConfig,
-    Secret,
     providers_in,
 )
 from gateway.alerts import AlertsConfig
 from gateway.config_checks import explain, reference_problems, upstream_name
 from gateway.config_file import ConfigError, Document, read_document
+from gateway.engine_checks import engine_problems
 from gateway.idempotency import IdempotencyConfig
 from gateway.keys import DeclaredKey, refusal_of
 from gateway.limits_config import CallerLimitsConfig, Patterns, TeamConfig
@@ -47,7 +47,8 @@ from gateway.redis_config import RedisConfig
 from gateway.routing_checks import routing_problems
 from gateway.routing_config import FallbackConfig, RuleConfig, ShadowConfig
 from gateway.tenants import Declared
-from local_engine.config import RESTART, Section
+from local_engine.config import RESTART, Secret, Section
+from local_engine.supervision_config import EnginesConfig
 from policies.placement.priority import PRIORITIES, PrioritiesConfig, Priority
 from policies.prices import PriceConfig
 from policies.rules.split import SplitBy
@@ -346,6 +347,7 @@ class Config(Section):
         default_factory=dict
     )
     pools: dict[Annotated[str, AfterValidator(upstream_name)], PoolConfig] = Field(default_factory=dict)
+    engines: EnginesConfig = EnginesConfig()
     models: dict[str, ModelConfig] = Field(default_factory=dict)
     rules: tuple[RuleConfig, ...] = ()
     prices: PricesConfig = PricesConfig()
@@ -444,6 +446,9 @@ def load(path: Path, environ: Mapping[str, str]) -> Config:
     except ValidationError as error:
         known = {problem.location for problem in problems}
         problems += [p for p in explain(error, Config, document.values) if p.location not in known]
+    if config is not None:
+        listeners = {"server.port": config.server.port, "management.port": config.management.port}
+        problems += engine_problems(config.pools, listeners)
     if config is None or problems:
         raise ConfigError(path, list(dict.fromkeys(map(document.complete, problems))))
     return config

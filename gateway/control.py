@@ -127,15 +127,47 @@ class Scraped(msgspec.Struct, tag=True):
     fresh_s: float
 
 
+class Membership(msgspec.Struct, tag=True):
+    """Parent to worker: whether an endpoint of a pool that Headgate runs takes requests. Its engine may be starting,
+    draining or asleep, and stays in the pool meanwhile: a session that lives there comes back to it."""
+
+    endpoint: str
+    is_open: bool
+
+
+class CountInFlight(msgspec.Struct, tag=True):
+    """Parent to worker: how many requests do you have at these endpoints? Answered by `InFlight`.
+
+    What was told before on this channel is in force when they are counted.
+    """
+
+    number: int
+    endpoints: list[str]
+
+
+class InFlight(msgspec.Struct, tag=True):
+    """Worker to parent: the sum."""
+
+    number: int
+    requests: int
+
+
+class Wanted(msgspec.Struct, tag=True):
+    """Worker to parent: somebody waits for this pool, of which no endpoint takes requests."""
+
+    pool: str
+
+
 class Drained(msgspec.Struct, tag=True):
     """Worker to parent, last: everything is settled and flushed. `cut` requests did not end by themselves."""
 
     cut: int = 0
 
 
-OfEndpoint = EndpointState | Probed | Scraped
-ToWorker = Configure | Reload | Drain | Report | OfEndpoint
-ToParent = Ready | Failed | Reloaded | Heartbeat | Metrics | EndpointState | Drained
+OfEndpoint = EndpointState | Probed | Scraped | Membership
+Told = EndpointState | Wanted
+ToWorker = Configure | Reload | Drain | Report | CountInFlight | OfEndpoint
+ToParent = Ready | Failed | Reloaded | Heartbeat | Metrics | InFlight | Told | Drained
 
 
 class Channel(asyncio.Protocol):

@@ -5,9 +5,9 @@ is gone stays in the sum. Gauges are summed over living workers only. Refuses to
 for the two that are derived here (dollars from nano-dollars, and the share of spend that is known).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Final
+from typing import Any, Final
 
 from prometheus_client import (
     CollectorRegistry,
@@ -65,6 +65,16 @@ class Totals(Collector):
     def retire(self, worker: str) -> None:
         """The worker is gone; what it counted stays."""
         _add(self._gone, self._latest.pop(worker, {}), with_gauges=False)
+
+    def gauge(self, name: str, values: set[str]) -> float:
+        """The sum of a gauge over living workers and these values of its first label, as last reported."""
+        return sum(
+            value
+            for snapshot in self._latest.values()
+            if name in snapshot
+            for labels, value in snapshot[name].samples
+            if labels[0] in values and not isinstance(value, list)
+        )
 
     def collect(self) -> Iterator[Metric]:
         families: dict[str, _Family] = {}
@@ -171,6 +181,21 @@ class Page:
             ["child"],
             registry=self._registry,
         )
+        self.engine_failures = Counter(
+            "headgate_engine_failures_total",
+            "Engines that died, hung or did not start, by what the log says of the cause.",
+            ["engine", "kind", "cause"],
+            registry=self._registry,
+        )
+        self._engine_states = Gauge(
+            "headgate_engine_state",
+            "1 for the state that a supervised engine is in.",
+            ["engine", "state"],
+            registry=self._registry,
+        )
+        self._engine_wishes = Gauge(
+            "headgate_engines_wanted", "Engines that a pool should have.", ["pool"], registry=self._registry
+        )
         self.probes = Counter(
             "headgate_probes_total",
             "Trials of endpoints that are out, by result: ok, bad.",
@@ -215,3 +240,12 @@ class Page:
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
+
+    def set_engines(self, pools: Sequence[Mapping[str, Any]]) -> None:
+        """As `Engines.view` has them."""
+        self._engine_states.clear()
+        self._engine_wishes.clear()
+        for pool in pools:
+            self._engine_wishes.labels(pool["pool"]).set(0 if pool["is_asleep"] else pool["wanted"])
+            for replica in pool["replicas"]:
+                self._engine_states.labels(replica["name"], replica["state"]).set(1)

@@ -21,11 +21,13 @@ from gateway.acceptor import Loads
 from gateway.control import (
     Channel,
     Configure,
+    CountInFlight,
     Drain,
     Drained,
     EndpointState,
     Failed,
     Heartbeat,
+    InFlight,
     Metrics,
     OfEndpoint,
     Ready,
@@ -35,6 +37,7 @@ from gateway.control import (
     Scraped,
     ToParent,
     ToWorker,
+    Wanted,
     open_channel,
 )
 from gateway.exposition import Page
@@ -106,6 +109,9 @@ class Watcher(Protocol):
         """A worker is ready; what it is to be told."""
 
     def heard(self, worker: str, word: EndpointState) -> None: ...
+    def wanted(self, pool: str) -> None:
+        """Somebody waits for a pool of which no endpoint takes requests."""
+
     def left(self, worker: str) -> None: ...
 
 
@@ -176,6 +182,25 @@ class Fleet:
                 told = answer.error if isinstance(answer, Reloaded) else "no answer"
                 problems.append(f"worker {worker.name} keeps its old configuration: {told}")
         return problems
+
+    def amend(self, config: bytes) -> None:
+        """What workers that start later begin with. The others have been told what is different, or will be."""
+        self._config = config
+
+    async def in_flight(self, endpoints: Sequence[str], timeout_s: float = 5.0) -> int | None:
+        """Requests at these endpoints, of all workers; None: a worker that may have some does not answer."""
+        asked = [worker for worker in self._workers.values() if worker.state in ("ready", "draining")]
+        questions = (
+            self._ask(worker, CountInFlight(next(self._numbers), list(endpoints)), timeout_s)
+            for worker in asked
+        )
+        requests = 0
+        for worker, answer in zip(asked, await asyncio.gather(*questions), strict=True):
+            if isinstance(answer, InFlight):
+                requests += answer.requests
+            elif not worker.ended.done():  # else what it had has ended with it
+                return None
+        return requests
 
     async def rotate(self, drain_timeout_s: float) -> None:
         """Replace the workers one by one, each new one ready before the old one drains. WorkerError: stopped there."""
@@ -328,6 +353,8 @@ class Fleet:
             case Metrics():
                 self._page.totals.update(worker.name, message.snapshot)
                 self._answer(worker, message.number, message)
+            case InFlight():
+                self._answer(worker, message.number, message)
             case Reloaded():
                 self._answer(worker, message.number, message)
                 if message.error:
@@ -340,6 +367,8 @@ class Fleet:
                     worker.send(word)
             case EndpointState() if self._watcher is not None:
                 self._watcher.heard(worker.name, message)
+            case Wanted() if self._watcher is not None:
+                self._watcher.wanted(message.pool)
             case Failed():
                 worker.failure = message.message
             case Drained() if message.cut:
@@ -348,8 +377,8 @@ class Fleet:
                 )
 
     async def _ask(
-        self, worker: Worker, question: Reload | Report, timeout_s: float
-    ) -> Reloaded | Metrics | None:
+        self, worker: Worker, question: Reload | Report | CountInFlight, timeout_s: float
+    ) -> Reloaded | Metrics | InFlight | None:
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._answers[worker.name, question.number] = answer
         worker.send(question)
@@ -357,7 +386,7 @@ class Fleet:
         del self._answers[worker.name, question.number]
         return answer.result() if answer.done() else None
 
-    def _answer(self, worker: Worker, number: int, message: Reloaded | Metrics) -> None:
+    def _answer(self, worker: Worker, number: int, message: Reloaded | Metrics | InFlight) -> None:
         answer = self._answers.get((worker.name, number))
         if answer is not None and not answer.done():
             answer.set_result(message)

@@ -15,7 +15,7 @@ from backends.config import PoolSettings
 from backends.health_config import HealthConfig, ProbeName, ScrapeName
 from backends.pool import Pool
 from backends.provider import Provider
-from gateway.control import EndpointState, OfEndpoint, Probed, Scraped
+from gateway.control import EndpointState, Membership, OfEndpoint, Probed, Scraped, Told
 from policies.health.book import HealthBook
 from policies.health.endpoint import EndpointHealth
 from policies.health.settings import HealthSettings
@@ -31,12 +31,12 @@ class HealthWatch:
     def __init__(self) -> None:
         self.book = HealthBook(self._changed)
         self.ejections: dict[tuple[str, str], int] = {}
-        self._tell: Callable[[EndpointState], None] | None = None
+        self._tell: Callable[[Told], None] | None = None
         self._is_hearsay = False
         self._seen: dict[EndpointHealth, tuple[str, float]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def attach(self, tell: Callable[[EndpointState], None]) -> None:
+    def attach(self, tell: Callable[[Told], None]) -> None:
         """How the parent is reached."""
         self._tell = tell
 
@@ -71,6 +71,12 @@ class HealthWatch:
                 self._is_hearsay = False
             case Probed():
                 health.probed(now, word.reason, is_trial=word.is_trial)
+            case Membership():
+                health.endpoint.is_draining = not word.is_open
+                if word.is_open:
+                    self._is_hearsay = True
+                    health.start_anew(now)
+                    self._is_hearsay = False
             case Scraped():
                 endpoint = health.endpoint
                 endpoint.running, endpoint.waiting = word.running, word.waiting

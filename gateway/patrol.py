@@ -20,7 +20,7 @@ from backends.engine_load import EngineLoad
 from backends.pool import Endpoint
 from gateway.catalog import Upstreams
 from gateway.config import Config
-from gateway.control import EndpointState, OfEndpoint, Probed, Scraped
+from gateway.control import EndpointState, Membership, OfEndpoint, Probed, Scraped
 from gateway.health_watch import probe_of, scrape_of
 
 # A page that is older than so many rounds says nothing about now.
@@ -50,10 +50,16 @@ class _Beat:
 
 
 class Patrol:
-    """All addresses of the configuration in force. `tell` reaches every worker but the one named."""
+    """All addresses of the configuration in force. `tell` reaches every worker but the one named, `wake` who runs engines."""
 
-    def __init__(self, tell: Callable[[OfEndpoint, str], None], probed: Counter) -> None:
+    def __init__(
+        self,
+        tell: Callable[[OfEndpoint, str], None],
+        probed: Counter,
+        wake: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._tell = tell
+        self._wake = wake
         self._probed = probed
         self._upstreams = Upstreams()
         self._beats: list[_Beat] = []
@@ -68,10 +74,9 @@ class Patrol:
         self._beats = []
         for pool in settings:
             model = _model_of(config, pool.name)
-            members = pools[pool.name].endpoints
-            for first in range(0, len(members), pool.ranks):
-                beat = _Beat(pool, list(members[first : first + pool.ranks]), model)
-                old = known.get(id(members[first]))
+            for members in _by_address(pools[pool.name].endpoints):
+                beat = _Beat(pool, members, model)
+                old = known.get(id(members[0]))
                 if old is not None:
                     beat.out, beat.load, beat.scraped_at = old.out, old.load, old.scraped_at
                 self._beats.append(beat)
@@ -88,7 +93,13 @@ class Patrol:
         """What a new worker is to know: it has seen nothing yet."""
         del worker
         now = time.perf_counter()
-        return [
+        members: list[OfEndpoint] = [
+            Membership(endpoint.name, not endpoint.is_draining)
+            for beat in self._beats
+            if beat.pool.members
+            for endpoint in beat.endpoints
+        ]
+        return members + [
             EndpointState(beat.endpoints[place].name, "out", reason, max(0.0, due_at - now))
             for beat in self._beats
             for (_, place), (reason, due_at) in beat.out.items()
@@ -105,10 +116,28 @@ class Patrol:
                         beat.out.pop((worker, place), None)
                     self._tell(word, worker)
 
+    def wanted(self, pool: str) -> None:
+        """Somebody waits for a pool of which no endpoint takes requests."""
+        self._wake(pool)
+
+    def open(self, name: str, *, is_open: bool) -> None:
+        """An engine of ours takes requests from now on, or none any more. Every worker hears it."""
+        for beat in self._beats:
+            for endpoint in beat.endpoints:
+                if endpoint.name == name:
+                    endpoint.is_draining = not is_open
+                    if is_open:
+                        beat.out.clear()
+        self._tell(Membership(name, is_open), "")
+
     def left(self, worker: str) -> None:
         for beat in self._beats:
             for key in [key for key in beat.out if key[0] == worker]:
                 del beat.out[key]
+
+    def endpoints_of(self, pool: str) -> list[Endpoint]:
+        """As this process sees them: with what was scraped of them, and nothing in flight."""
+        return [endpoint for beat in self._beats if beat.pool.name == pool for endpoint in beat.endpoints]
 
     def view(self) -> list[dict[str, Any]]:
         """For operators: by endpoint its state, why, how its last probe ended, its load and how old that is."""
@@ -116,7 +145,7 @@ class Patrol:
         return [
             {
                 "name": endpoint.name,
-                "state": "out" if reasons else "up",
+                "state": "closed" if endpoint.is_draining else "out" if reasons else "up",
                 "reason": reasons[0] if reasons else "",
                 "out_in_workers": len(reasons),
                 "last_probe": beat.last_probe,
@@ -139,6 +168,8 @@ class Patrol:
             is_trial = bool(beat.out) and probe != "none"
             pause_s = health.probe_every_s if is_trial else health.scrape_every_s
             await asyncio.sleep(pause_s * (1 + _JITTER * (2 * random.random() - 1)))  # noqa: S311 - only jitter, no secret
+            if all(endpoint.is_draining for endpoint in beat.endpoints):
+                continue  # whoever runs it looks after it
             try:
                 if beat.out and probe != "none":
                     await self._try(beat, is_page=probe == "health" or not beat.model)
@@ -200,6 +231,8 @@ class Patrol:
             load = _load_of(beat, each)
             if load is not None:
                 fresh_s = _FRESH_ROUNDS * health.scrape_every_s
+                each.running, each.waiting, each.kv_usage = load.running, load.waiting, load.kv_usage
+                each.scraped_at, each.fresh_until = beat.scraped_at, beat.scraped_at + fresh_s
                 self._tell(Scraped(each.name, load.running, load.waiting, load.kv_usage, fresh_s), "")
 
     def _tell_look(self, beat: _Beat, reason: str) -> None:
@@ -212,6 +245,14 @@ class Patrol:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _by_address(endpoints: tuple[Endpoint, ...]) -> list[list[Endpoint]]:
+    """The ranks behind one address are asked together."""
+    found: dict[tuple[object, str], list[Endpoint]] = {}
+    for endpoint in endpoints:
+        found.setdefault((endpoint.connections.origin, endpoint.base_path), []).append(endpoint)
+    return list(found.values())
 
 
 def _load_of(beat: _Beat, endpoint: Endpoint) -> EngineLoad | None:

@@ -27,9 +27,13 @@ Park = Callable[[Exchange, Request, Message], Awaitable[bool | Denial]]
 class Placing:
     """Places requests. One per worker."""
 
-    def __init__(self, room: WaitingRoom, park: Park | None = None) -> None:
+    def __init__(
+        self, room: WaitingRoom, park: Park | None = None, want: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """`want` is told of pools that nobody takes requests for: their engines may be asleep."""
         self._room = room
         self._park = park  # None: there is no queue
+        self._want = want
 
     def at_once(self, exchange: Exchange, runtime: Runtime) -> list[Candidate] | Denial | None:
         """The candidates, best first; None if there is no room for the request now."""
@@ -61,6 +65,8 @@ class Placing:
         """
         now = time.perf_counter()
         choices = place(exchange, runtime.health, now)
+        if choices and not choices[0].candidates:
+            self._want(choices[0].group.target.pool.name)
         on_full = self._wish(exchange)
         if on_full == "reject":
             return self._refusal(exchange, choices[0], 429, "pool_full")

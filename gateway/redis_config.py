@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr
 
-from backends.config import BlankIsNone, CaFile, Secret
+from backends.config import BlankIsNone, CaFile
 from gateway.stores.sqlite import StorageError, prepare_directory
-from local_engine.config import Section
+from local_engine.config import Secret, Section
 
 _SCHEMES: Final = ("redis", "rediss", "unix")
 _NODE: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -205,7 +205,7 @@ class Sending:
         may_stay = True
         for candidate in course.candidates:
             endpoint = candidate.endpoint
-            if endpoint in course.tried or not health.may_retry_at(endpoint, now):
+            if endpoint in course.tried or endpoint.is_draining or not health.may_retry_at(endpoint, now):
                 continue
             if is_for_load and not has_room(endpoint, now, exchange.ceiling):
                 continue

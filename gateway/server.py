@@ -35,12 +35,16 @@ from gateway.management.app import Plane
 from gateway.node import Node
 from gateway.overflow.webhooks import QueueWebhooks
 from gateway.patrol import Patrol
+from gateway.placed import PlacedConfig
 from gateway.reload import ConfigWatch, Reloaded
 from gateway.self_check import SelfCheck
 from gateway.shared_check import SharedCheck
+from gateway.simulators import Simulators
 from gateway.stores.sqlite import StorageError
+from gateway.switchboard import Switchboard
 from gateway.tenants import Declared, TenantsWatch
 from gateway.webhook_delivery import WebhookDelivery
+from local_engine.plan import PlanError
 from local_engine.processes import StartError
 
 BACKLOG: Final = 4096
@@ -78,7 +82,7 @@ class Server:
         self._storage = config.storage.directory
         self._started_time = time.time()
         self._page = Page(metadata.version("headgate"))
-        self._engines = Engines(lambda child: self._page.engine_restarts.labels(child).inc())
+        self._simulators = Simulators(lambda child: self._page.engine_restarts.labels(child).inc())
         self._keyring: Keyring | None = None
         self._fleet: Fleet | None = None
         self._patrol: Patrol | None = None
@@ -90,6 +94,11 @@ class Server:
         alerts = AlertOutbox(self._storage, lambda: receivers_of(self._config.alerts))
         self._alerts = WebhookDelivery(alerts, "alert")
         self._webhooks: QueueWebhooks | None = None
+        self._switchboard = Switchboard(
+            self._page, alerts, lambda: self._for_workers(self._config), self._publish
+        )
+        self._engines = Engines(self._storage, self._switchboard)
+        self._applying = asyncio.Lock()
         self._stop = asyncio.Event()
         self._had_terminal = os.isatty(2)
 
@@ -136,8 +145,11 @@ class Server:
         try:
             self._recover()
             await self._open_management(operators, pepper, ending)
+            ending.push_async_callback(self._simulators.stop)
+            await self._unless_stopped(self._simulators.start(self._config))
             ending.push_async_callback(self._engines.stop)
             await self._unless_stopped(self._engines.start(self._config))
+            ending.push_async_callback(self._switchboard.stop)
             await self._join_nodes(ending)
             await self._start_workers(listener, ending)
         except BaseException:
@@ -181,11 +193,12 @@ class Server:
         settings = FleetSettings(
             workers=self._worker_count(), hang_timeout_s=self._config.server.hang_timeout_s
         )
-        self._patrol = Patrol(self._tell_workers, self._page.probes)
+        self._patrol = Patrol(self._tell_workers, self._page.probes, self._engines.wanted)
         self._fleet = Fleet(listener, settings, self._page, self._recover, self._patrol)
+        self._switchboard.connect(self._fleet, self._patrol)
         ending.push_async_callback(self._patrol.stop)
         ending.push_async_callback(self._drain)
-        await self._patrol.apply(self._engines.placed(self._config))
+        await self._patrol.apply(self._placed(self._config))
         await self._unless_stopped(self._fleet.start(self._for_workers(self._config)))
 
     def _tell_workers(self, word: OfEndpoint, but: str) -> None:
@@ -195,7 +208,10 @@ class Server:
     def _for_workers(self, config: Config) -> bytes:
         """With what only the parent knows: the engines' addresses, and how many workers there are."""
         server = config.server.model_copy(update={"workers": self._worker_count()})
-        return self._engines.placed(config).model_copy(update={"server": server}).to_json()
+        return self._placed(config).model_copy(update={"server": server}).to_json()
+
+    def _placed(self, config: Config) -> PlacedConfig:
+        return PlacedConfig.of(config, self._simulators.placed() | self._engines.placed())
 
     def _worker_count(self) -> int:
         if self._overrides.workers is not None:
@@ -254,18 +270,38 @@ class Server:
             self._watch.on_sighup()
 
     async def _apply(self, config: Config) -> None:
-        assert self._fleet is not None
         assert self._keyring is not None
+        async with self._applying:
+            try:
+                await self._engines.start_late(config)
+                self._engines.apply(config)
+                await self._give(config)
+            except (PlanError, StartError, ReloadError) as error:
+                # All workers serve the same configuration, so those that took it go back.
+                self._engines.apply(self._config)
+                await self._give(self._config)
+                raise ReloadError(str(error)) from error
+            self._keyring.declare(config.declared_keys())
+            self._config = config
+        self._check.want()
+
+    async def _give(self, config: Config) -> None:
+        """To every worker and the patrol. ReloadError: a worker did not take it."""
+        assert self._fleet is not None
+        assert self._patrol is not None
         problems = await self._fleet.reload(self._for_workers(config))
         if problems:
-            # All workers serve the same configuration, so those that took it go back.
-            await self._fleet.reload(self._for_workers(self._config))
             raise ReloadError("; ".join(problems))
-        self._keyring.declare(config.declared_keys())
-        self._config = config
-        assert self._patrol is not None
-        await self._patrol.apply(self._engines.placed(config))
-        self._check.want()
+        await self._patrol.apply(self._placed(config))
+
+    async def _publish(self) -> None:
+        """The running configuration again: endpoints have other addresses."""
+        async with self._applying:
+            await self._give(self._config)
+
+    @property
+    def engines(self) -> Engines:
+        return self._engines
 
     @property
     def is_ready(self) -> bool:
@@ -297,6 +333,7 @@ class Server:
         if self._node is not None:
             self._page.totals.update("node", self._node.snapshot())
         self._page.set_budgets(self._check.drift_nanousd, self._check.corrections, self._check.checked_time)
+        self._page.set_engines(self._engines.view())
         self._page.set_alerts(self._alerts.delivered, self._alerts.failed)
         return self._page.render()
 
@@ -345,8 +382,9 @@ class Server:
             "endpoints": self._patrol.view() if self._patrol is not None else [],
             "engines": [
                 {"name": child.name, "pid": child.pid, "restarts": child.restarts}
-                for child in self._engines.children()
+                for child in self._simulators.children()
             ],
+            "engine_pools": self._engines.view(),
         }
 
 

@@ -5,10 +5,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
-from backends.config import Secret
 from gateway.webhook_delivery import Receiver
 from gateway.webhooks import ANYWHERE, Network, Networks, check_url, read_secret
-from local_engine.config import Section
+from local_engine.config import Secret, Section
 
 
 def _readable(secret: SecretStr) -> SecretStr:

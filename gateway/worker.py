@@ -26,11 +26,14 @@ from gateway.config import Config
 from gateway.control import (
     Channel,
     Configure,
+    CountInFlight,
     Drain,
     Drained,
     EndpointState,
     Failed,
     Heartbeat,
+    InFlight,
+    Membership,
     Metrics,
     OfEndpoint,
     Probed,
@@ -39,10 +42,12 @@ from gateway.control import (
     Reloaded,
     Report,
     Scraped,
+    Told,
     ToWorker,
     open_channel,
 )
 from gateway.logs import AccessLog, Logs, start_logging, watch_loop
+from gateway.placed import PlacedConfig
 from gateway.stores.sqlite import StorageError
 from gateway.telemetry import Telemetry
 
@@ -67,11 +72,14 @@ class Application(Protocol):
     @property
     def open_connections(self) -> int: ...
 
-    def attach(self, tell: Callable[[EndpointState], None]) -> None:
-        """Before `start`: how the parent hears what is thought of an endpoint."""
+    def attach(self, tell: Callable[[Told], None]) -> None:
+        """Before `start`: how the parent hears what is thought of an endpoint, and what is wanted."""
 
     def hear(self, word: OfEndpoint) -> None:
         """What the parent knows of an endpoint."""
+
+    def in_flight(self, endpoints: list[str]) -> int:
+        """Requests at endpoints of these names."""
 
     async def start(self) -> None: ...
 
@@ -171,17 +179,25 @@ class Worker:
     def _hear(self, message: ToWorker) -> None:
         match message:
             case Configure():
-                self._configured.set_result(Config.from_json(message.config))
+                self._configured.set_result(PlacedConfig.from_json(message.config))
             case Reload():
                 self._reload(message)
             case Drain():
                 self._drain_order.put_nowait(message)
             case Report():
                 self._report(message.number)
-            case EndpointState() | Probed() | Scraped() if self._application is not None:
+            case CountInFlight():
+                self._count(message)
+            case EndpointState() | Probed() | Scraped() | Membership() if self._application is not None:
                 self._application.hear(message)
 
-    def _send(self, word: EndpointState) -> None:
+    def _count(self, question: CountInFlight) -> None:
+        assert self._channel is not None
+        application = self._application
+        requests = application.in_flight(question.endpoints) if application is not None else 0
+        self._channel.send(InFlight(question.number, requests))
+
+    def _send(self, word: Told) -> None:
         assert self._channel is not None
         self._channel.send(word)
 
@@ -190,7 +206,7 @@ class Worker:
         error = "it is still starting"
         if self._application is not None:
             try:
-                config = Config.from_json(message.config)
+                config = PlacedConfig.from_json(message.config)
                 self._application.reload(config)
                 self._drain_timeout_s = config.server.drain_timeout_s
                 error = ""

@@ -1,15 +1,33 @@
 """What the operator says about engines that Headgate itself runs: the `simulator` block of a pool.
 
 Owns `Section`, the shape of every block of the configuration file: immutable, unknown keys refused, no input in
-its errors (it may be a secret). Refuses to know files, environment variables and the rest of the configuration.
+its errors (it may be a secret); and `Secret`, which shows itself only in `model_dump` with the context
+`{"reveal": True}`. Refuses to know files, environment variables and the rest of the configuration.
 """
 
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SecretStr,
+    SerializationInfo,
+    model_validator,
+)
 
 # Marks a setting that a running Headgate keeps until it is restarted; the reference page and the reload read it.
 RESTART: Final[dict[str, Any]] = {"x-needs-restart": True}
+
+
+def _dump_secret(value: SecretStr, info: SerializationInfo) -> str:
+    if info.context and info.context.get("reveal"):
+        return value.get_secret_value()
+    return str(value)  # asterisks, or nothing if there is nothing to hide
+
+
+Secret = Annotated[SecretStr, PlainSerializer(_dump_secret)]
 
 
 class Section(BaseModel):

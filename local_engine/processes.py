@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 _LEASH: Final = str(Path(__file__).with_name("leash.py"))
 # Below the range the kernel takes outgoing ports from, so that no connection of ours sits on a child's port when
 # the child is restarted.
-_PORTS: Final = range(18000, 28000)
+PORTS: Final = range(18000, 28000)
 _READY_POLL_S: Final = 0.05
 
 
@@ -152,14 +152,14 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     """Different ports that nobody listens on now. StartError when there are not so many."""
     found: list[int] = []
     with contextlib.ExitStack() as probes:
-        for port in random.sample(_PORTS, len(_PORTS)):
+        for port in random.sample(PORTS, len(PORTS)):
             if len(found) == count:
                 return found
             probe = probes.enter_context(socket.socket())
             with contextlib.suppress(OSError):
                 probe.bind((host, port))
                 found.append(port)
-    raise StartError(f"no {count} free ports on {host} between {_PORTS.start} and {_PORTS.stop}")
+    raise StartError(f"no {count} free ports on {host} between {PORTS.start} and {PORTS.stop}")
 
 
 async def answers_ok(host: str, port: int, path: str, timeout_s: float = 2.0) -> bool:

@@ -34,6 +34,7 @@ OperatorOption = Annotated[
 ServiceOption = Annotated[
     Path, typer.Option("--config", "-c", envvar="HEADGATE_CONFIG", help="The configuration file.")
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 class Plane(NamedTuple):

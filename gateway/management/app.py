@@ -15,13 +15,14 @@ from typing import Any, Final, NamedTuple, Protocol, cast, get_args
 
 from aiohttp import web
 
+from gateway.engines import Engines
 from gateway.errors import envelope
 from gateway.exposition import CONTENT_TYPE
 from gateway.key_lifecycle import UnknownKeyError
 from gateway.keys import KeyProblem, Keyring, Operator
 from gateway.limit_lifecycle import UnknownLimitError, UnknownTeamError
 from gateway.limits_config import LimitConfig
-from gateway.management import keys, limits
+from gateway.management import engines, keys, limits
 from gateway.management.answers import answer, read_body
 from gateway.management.webhooks import WebhookPaths
 from gateway.overflow.webhooks import QueueWebhooks, UnknownEndpointError, UnknownMessageError
@@ -73,6 +74,10 @@ class Service(Protocol):
     def restart(self) -> bool:
         """Begins to rotate the workers; False when a rotation is under way."""
 
+    @property
+    def engines(self) -> Engines:
+        """Those that Headgate runs."""
+
 
 class _Refusal(NamedTuple):
     status: int
@@ -119,6 +124,8 @@ class Plane:
         app.router.add_get("/api/costs", self._costs)
         app.router.add_post("/api/reload", self._reload)
         app.router.add_post("/api/restart", self._restart)
+        app.router.add_get("/api/engines", self._list_engines)
+        app.router.add_post("/api/engines/{pool}/{action}", self._act_on_engines)
         app.router.add_get("/api/keys", self._list_keys)
         app.router.add_post("/api/keys", self._create_key)
         app.router.add_get("/api/keys/{key}", self._show_key)
@@ -155,6 +162,8 @@ class Plane:
             except tuple(_NOUNS) as error:
                 what, where = _NOUNS[type(error)]
                 refusal = _Refusal(404, "not_found", f"There is no such {what}: GET {where} lists them.")
+            except engines.EngineRefusal as error:
+                refusal = _Refusal(409, "engines_refused", f"{error}.")
             except TimeoutError:
                 refusal = _Refusal(408, "request_timeout", "The body did not arrive in time.")
             except web.HTTPException as error:
@@ -245,6 +254,17 @@ class Plane:
         if self._service.restart():
             return answer({"status": "restarting"}, 202)
         return answer({"status": "a restart is under way"}, 409)
+
+    async def _list_engines(self, _: web.Request) -> web.Response:
+        return answer(engines.listed(self._service.engines))
+
+    async def _act_on_engines(self, request: web.Request) -> web.Response:
+        action = cast("engines.Action", request.match_info["action"])
+        if action not in engines.ACTIONS:
+            raise ValueError(f"An action is one of {', '.join(engines.ACTIONS)}.")
+        wanted = keys.parse(engines.EngineBody, await read_body(request) or b"{}")
+        pool = request.match_info["pool"]
+        return answer(engines.carry_out(self._service.engines, pool, action, wanted), 202)
 
     async def _list_keys(self, request: web.Request) -> web.Response:
         is_all = request.query.get("all", "") not in ("", "0", "false")

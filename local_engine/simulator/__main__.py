@@ -14,12 +14,14 @@ import socket
 import sys
 from typing import Final
 
+import msgspec
 import uvloop
 from aiohttp import web
 
 from local_engine.simulator import FINGERPRINT
 from local_engine.simulator.app import Simulator
 from local_engine.simulator.engine import EngineSettings
+from local_engine.simulator.transfer import TransferConfig
 
 _FLUSH_S: Final = 0.2  # for the last bytes of broken-off answers
 _PARENT_POLL_S: Final = 1.0
@@ -62,6 +64,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--step-floor-us", type=float, default=usual.step_floor_us)
     parser.add_argument("--shutdown-timeout", type=float, default=0.0, help="seconds to finish in on SIGTERM")
     parser.add_argument("--allow-faults", action="store_true", help="obey x-sim-fault and POST /sim/fault")
+    parser.add_argument("--kv-transfer-config", help="vLLM's, of a NixlConnector: prefill here, decode there")
     parser.add_argument("--parent-pid", type=int, help="end when this process does")
     return parser
 
@@ -70,6 +73,15 @@ def settings_from(options: argparse.Namespace) -> EngineSettings:
     """ValueError with a sentence on values that cannot work together."""
     names = [name for name in EngineSettings.__dataclass_fields__ if hasattr(options, name)]
     return EngineSettings(**{name: getattr(options, name) for name in names})
+
+
+def transfers_from(options: argparse.Namespace) -> TransferConfig | None:
+    """ValueError with a sentence on what the simulator does not know."""
+    given = options.kv_transfer_config
+    try:
+        return None if given is None else msgspec.json.decode(given, type=TransferConfig)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"--kv-transfer-config: {error}") from error
 
 
 async def serve(options: argparse.Namespace) -> None:
@@ -81,6 +93,7 @@ async def serve(options: argparse.Namespace) -> None:
         seed=options.seed,
         time_scale=options.time_scale,
         allow_faults=options.allow_faults,
+        transfers=transfers_from(options),
     )
     protocols = simulator.http_server()
     if options.fd is not None:
@@ -93,6 +106,8 @@ async def serve(options: argparse.Namespace) -> None:
     if options.parent_pid is not None:
         _watch_parent(loop, options.parent_pid, stopping)
     host, port = server.sockets[0].getsockname()[:2]
+    if simulator.connector is not None:
+        simulator.connector.port = port
     ready = f"{FINGERPRINT} ready on http://{host}:{port} model={options.model} pid={os.getpid()}"
     with contextlib.suppress(OSError):  # nobody has to read it
         print(ready, flush=True)  # noqa: T201 - the one line it prints
@@ -133,6 +148,7 @@ def main() -> None:
         parser.error("--time-scale and --shutdown-timeout must not be negative")
     try:
         settings_from(options)
+        transfers_from(options)
     except ValueError as error:
         parser.error(str(error))
     try:

@@ -29,6 +29,7 @@ from local_engine.simulator.messages import MessageReply
 from local_engine.simulator.metrics import Metrics
 from local_engine.simulator.reply import Label, Reply, Said, encoded, gather
 from local_engine.simulator.responses import ResponseReply
+from local_engine.simulator.transfer import Connector, Params, TransferConfig
 
 MAX_BODY_BYTES: Final = 64 << 20
 KEEPALIVE_S: Final = 5.0  # uvicorn's, and so vLLM's
@@ -78,11 +79,14 @@ class Simulator:
         seed: int,
         time_scale: float,
         allow_faults: bool = False,
+        transfers: TransferConfig | None = None,
     ) -> None:
+        """With `transfers`, a prompt may be computed here and decoded elsewhere, or the other way round."""
         self.engine = Engine(settings)
         self.served = Served(model, settings.max_model_len, seed)
         self.metrics = Metrics(self.engine, model)
         self.driver = Driver(self.engine, self.metrics, self.served, time_scale)
+        self.connector = Connector(transfers, self.engine) if transfers is not None else None
         self.is_draining = False
         self._allow_faults = allow_faults
         self._faults = FaultQueue()
@@ -103,6 +107,9 @@ class Simulator:
             "/tokenize": self._tokenize,
             "/detokenize": self._detokenize,
         }
+        if self.connector is not None:
+            self._posts["/sim/kv/read"] = self._kv_read
+            self._posts["/sim/kv/give_back"] = self._kv_give_back
         if allow_faults:
             self._posts["/sim/fault"] = self._set_fault
             self._posts["/sim/condition"] = self._set_condition
@@ -146,6 +153,18 @@ class Simulator:
 
     async def _generate(self, request: web.BaseRequest) -> web.StreamResponse:
         body = await _body(request)
+        params = self.connector.asked(body) if self.connector is not None else None
+        if params is None or self.connector is None:
+            return await self._answer(request, body)
+        if params.do_remote_decode:
+            return await self._answer(request, body, is_lent=True)
+        with self.connector.owing(params):
+            return await self._answer(request, body, params)
+
+    async def _answer(
+        self, request: web.BaseRequest, body: bytes, params: Params | None = None, *, is_lent: bool = False
+    ) -> web.StreamResponse:
+        """`params`: where the prompt has been computed; `is_lent`: it is computed for another engine."""
         self._check_admission(request)
         named = request.headers.get("x-request-id")
         label = Label(self.served.model, named) if named else Label(self.served.model)
@@ -153,14 +172,25 @@ class Simulator:
         fault = self._fault(request)
         if fault is not None:
             await fault.before_answer(request, is_streamed=reply.generation.stream)
-        call = self.driver.generate(reply.generation)
+        loaded = None
+        if params is not None and self.connector is not None:
+            try:
+                loaded = await self.connector.collect(params, reply.generation)
+            except EngineStoppedError as stopped:
+                if not reply.generation.stream:
+                    raise
+                return await _stopped(request, reply, stopped)  # its head is out by then
+        call = self.driver.generate(reply.generation, is_lent=is_lent, loaded=loaded)
         try:
             if reply.generation.stream:
                 return await self._stream(request, reply, call, fault)
             choices = [Said() for _ in call.sequences]
             while events := await call.events():
                 gather(choices, events)
-            return await _whole(request, reply.whole(choices, call.tally()), fault)
+            answer = reply.whole(choices, call.tally())
+            if is_lent and self.connector is not None:
+                answer["kv_transfer_params"] = self.connector.lend(call.sequences[0])
+            return await _whole(request, answer, fault)
         finally:
             call.close()
 
@@ -219,6 +249,14 @@ class Simulator:
             return None
         named = request.headers.get("x-sim-fault")
         return Fault.parse(named) if named is not None else self._faults.take()
+
+    async def _kv_read(self, request: web.BaseRequest) -> web.StreamResponse:
+        assert self.connector is not None
+        return _json(self.connector.read(await _body(request)))
+
+    async def _kv_give_back(self, request: web.BaseRequest) -> web.StreamResponse:
+        assert self.connector is not None
+        return _json(self.connector.give_back(await _body(request)))
 
     async def _count_tokens(self, request: web.BaseRequest) -> web.StreamResponse:
         return _json(messages.count_tokens(await _body(request), self.served))
@@ -282,6 +320,8 @@ class Simulator:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.driver.idle(), drain_s)
         self.driver.fail_all(_DEAD)
+        if self.connector is not None:
+            await self.connector.close()
 
 
 def _request(
@@ -300,6 +340,15 @@ async def _body(request: web.BaseRequest) -> bytes:
         return await request.read()
     except web.HTTPRequestEntityTooLarge as error:
         raise ApiError(413, f"The request body is larger than {MAX_BODY_BYTES} bytes.") from error
+
+
+async def _stopped(request: web.BaseRequest, reply: Reply, stopped: EngineStoppedError) -> web.StreamResponse:
+    """A stream that failed before its first token."""
+    response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
+    await response.prepare(request)
+    await response.write(reply.failure(ApiError(500, str(stopped), kind="InternalServerError")))
+    await response.write_eof()
+    return response
 
 
 async def _whole(request: web.BaseRequest, answer: dict[str, Any], fault: Fault | None) -> web.StreamResponse:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from local_engine.prefix_cache import BlockHasher
-from local_engine.simulator.engine import Engine, FinishReason, Output, Sequence
+from local_engine.simulator.engine import Engine, FinishReason, Loaded, Output, Sequence
 from local_engine.simulator.generation import Generation, Served
 from local_engine.simulator.metrics import Metrics
 from local_engine.simulator.speech import Piece, Speech, Text, sampling_seed
@@ -120,8 +120,13 @@ class Driver:
     def open_sequences(self) -> int:
         return len(self._calls)
 
-    def generate(self, generation: Generation) -> Call:
-        """Queue one sequence per choice. QueueFullError if the engine will not take them."""
+    def generate(
+        self, generation: Generation, *, is_lent: bool = False, loaded: Loaded | None = None
+    ) -> Call:
+        """Queue one sequence per choice. QueueFullError if the engine will not take them.
+
+        `is_lent`: the blocks of what finishes are another engine's to collect. `loaded` came from another.
+        """
         sampling = generation.sampling
         sequences, speeches = [], []
         for number, prompt in enumerate(generation.prompts):
@@ -130,15 +135,15 @@ class Driver:
                 seed = sampling_seed(self._served.seed, self._served.model, prompt, sampling.seed, choice)
                 speech = Speech(generation.saying, seed, sampling.stops)
                 hasher = BlockHasher(self.engine.settings.block_size, salt=sampling.cache_salt)
-                sequences.append(
-                    Sequence(
-                        prompt,
-                        speech,
-                        max_tokens=sampling.max_tokens or self._served.max_model_len,
-                        hasher=hasher,
-                        priority=sampling.priority,
-                    )
+                sequence = Sequence(
+                    prompt,
+                    speech,
+                    max_tokens=sampling.max_tokens or self._served.max_model_len,
+                    hasher=hasher,
+                    priority=sampling.priority,
                 )
+                sequence.is_lent, sequence.loaded = is_lent, loaded
+                sequences.append(sequence)
                 speeches.append(speech)
         return self._submit(Call(self, sequences, speeches, sampling.n))
 

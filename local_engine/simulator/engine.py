@@ -5,7 +5,8 @@ in, learns from `begin_step` how long the step lasts, and calls `end_step` when 
 a server, or at once in a discrete-event simulation. What a sequence says is its script's business.
 
 Invariants: a sequence is waiting, running or finished; a running one holds blocks for every token computed, a
-waiting or finished one holds none; the timing of a prompt follows from the tokens that were not cached.
+waiting or finished one holds none, unless it is lent; the timing of a prompt follows from the tokens that were neither
+cached nor loaded from another engine.
 """
 
 import bisect
@@ -64,6 +65,13 @@ class EngineSettings:
         return max(us, self.step_floor_us)
 
 
+class Loaded(NamedTuple):
+    """The beginning of a prompt whose keys and values another engine computed, `cached_tokens` of it from its cache."""
+
+    tokens: int
+    cached_tokens: int
+
+
 class Script(Protocol):
     """What a sequence will say."""
 
@@ -85,8 +93,11 @@ class Sequence:
         "first_token_at",
         "gap_s",
         "hasher",
+        "is_lent",
         "is_running",
         "last_token_at",
+        "loaded",
+        "loaded_tokens",
         "max_tokens",
         "number",
         "preemptions",
@@ -117,6 +128,9 @@ class Sequence:
         self.number = 0  # order of arrival
         self.blocks: list[Block] = []
         self.is_running = False
+        self.is_lent = False  # its blocks stay held when it is finished, until `release`
+        self.loaded: Loaded | None = None  # came from elsewhere, until it has to be computed again
+        self.loaded_tokens = 0  # of the prompt, as counted
         self.computed = 0  # tokens whose keys and values are in blocks
         self.published = 0  # leading blocks that were offered to the cache, or came from it
         self.cached_tokens = 0
@@ -154,9 +168,11 @@ class Counters:
 
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
+    hit_prompt_tokens: int = 0  # in this engine's own cache; the others were in that of one that prefilled
     generation_tokens: int = 0
     cache_query_tokens: int = 0
     cache_hit_tokens: int = 0
+    loaded_tokens: int = 0  # of prompts, computed by other engines
     preemptions: int = 0
     admission_rejections: dict[QueueLimit, int] = field(
         default_factory=lambda: {"max_num_queued_reqs": 0, "max_num_queued_tokens": 0}
@@ -208,6 +224,10 @@ class Engine:
             if not sequence.is_running:
                 self.waiting.remove(sequence)
             self._finish(sequence, "abort", now)
+
+    def release(self, sequence: Sequence) -> None:
+        """A lent one's blocks are wanted no more."""
+        self._give_back(sequence)
 
     def begin_step(self, now: float) -> float | None:
         """Choose the next step's work. Returns its duration in seconds, or None if there is nothing to do."""
@@ -268,7 +288,9 @@ class Engine:
         while self.waiting and budget > 0 and len(self.running) < self.settings.max_num_seqs:
             sequence = self.waiting[0]
             hit = self._cached_run(sequence)
-            computed = len(hit) * self.settings.block_size
+            computed = hit_tokens = len(hit) * self.settings.block_size
+            if sequence.loaded is not None:
+                computed = max(computed, sequence.loaded.tokens)
             count = min(len(sequence.tokens) - computed, budget)
             wanted = -(-(computed + count) // self.settings.block_size) - len(hit)
             # Asked before anything is claimed: a prompt that has to wait must not refresh its place in the cache.
@@ -287,11 +309,18 @@ class Engine:
             if sequence.scheduled_at is None:
                 has_starts = True
                 sequence.scheduled_at = now
-                sequence.cached_tokens = sequence.computed
-                if sequence.hasher is not None:
-                    self.counters.cache_query_tokens += sequence.prompt_tokens
-                    self.counters.cache_hit_tokens += sequence.computed
+                self._count_start(sequence, hit_tokens)
         return has_starts
+
+    def _count_start(self, sequence: Sequence, hit_tokens: int) -> None:
+        """What was there when it began. One whose prompt came from elsewhere tells what was cached there, as vLLM's does."""
+        sequence.cached_tokens = hit_tokens
+        if sequence.loaded is not None and sequence.loaded.tokens > hit_tokens:
+            sequence.cached_tokens = max(hit_tokens, sequence.loaded.cached_tokens)
+            sequence.loaded_tokens = sequence.prompt_tokens - hit_tokens
+        if sequence.hasher is not None:
+            self.counters.cache_query_tokens += sequence.prompt_tokens
+            self.counters.cache_hit_tokens += hit_tokens
 
     def _cached_run(self, sequence: Sequence) -> list[Block]:
         """The cached head of a sequence. Its last token is always computed, or there would be nothing to sample."""
@@ -317,6 +346,11 @@ class Engine:
             sequence.first_token_at = now
             self.counters.prompt_tokens += sequence.prompt_tokens
             self.counters.cached_prompt_tokens += sequence.cached_tokens
+            self.counters.loaded_tokens += sequence.loaded_tokens
+            if sequence.loaded_tokens:
+                self.counters.hit_prompt_tokens += sequence.prompt_tokens - sequence.loaded_tokens
+            else:
+                self.counters.hit_prompt_tokens += sequence.cached_tokens
         else:
             sequence.gap_s = now - sequence.last_token_at
         sequence.last_token_at = now
@@ -358,7 +392,8 @@ class Engine:
         for index in range(sequence.published, sequence.computed // size):
             is_new = self.pool.publish(sequence.blocks[index], sequence.hasher.digests[index])
             # A prompt computed a second time, after pre-emption, is not created a second time.
-            if is_new and (index + 1) * size <= sequence.prompt_tokens and sequence.preemptions == 0:
+            is_ours = sequence.loaded is None and sequence.preemptions == 0
+            if is_new and (index + 1) * size <= sequence.prompt_tokens and is_ours:
                 sequence.created_cache_tokens += size
             sequence.published += 1
 
@@ -366,6 +401,7 @@ class Engine:
         """Back to the queue, to be computed again: what the blocks held is gone unless the cache still has it."""
         self.running.remove(sequence)
         sequence.is_running = False
+        sequence.loaded = None
         self._give_back(sequence)
         sequence.preemptions += 1
         self.counters.preemptions += 1
@@ -380,7 +416,8 @@ class Engine:
         if sequence.is_running:
             self.running.remove(sequence)
             sequence.is_running = False
-        self._give_back(sequence)
+        if reason == "abort" or not sequence.is_lent:
+            self._give_back(sequence)
         sequence.finish_reason = reason
         sequence.finished_at = now
         self.counters.finished[reason] += 1

@@ -6,7 +6,9 @@ set through `POST /sim/condition`. All of it only exists with `--allow-faults`. 
 """
 
 import asyncio
+import os
 import re
+import signal
 import socket
 import struct
 from collections.abc import Awaitable, Callable
@@ -20,7 +22,7 @@ from local_engine.simulator.driver import EngineStoppedError
 from local_engine.simulator.generation import ApiError, refuse
 
 _FAULT: Final = re.compile(
-    r"(?P<kind>status|hang_after|reset_after|error_event_after|slow)=(?P<number>\d{1,6})|(?P<plain>hang|reset)"
+    r"(?P<kind>status|hang_after|reset_after|error_event_after|slow)=(?P<number>\d{1,6})|(?P<plain>hang|reset|exit)"
 )
 # Closing with unsent data thrown away: the peer sees a reset, not an end.
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
@@ -39,7 +41,7 @@ class Fault:
         if found is None:
             raise refuse(
                 f"{text!r} is not a fault. Use status=N, hang, hang_after=N, reset, reset_after=N, "
-                "error_event_after=N or slow=MS.",
+                "error_event_after=N, slow=MS or exit.",
                 "x-sim-fault",
             )
         if found["plain"]:
@@ -64,7 +66,7 @@ class Fault:
         """Act when `sent` events of a stream have gone out. An unstreamed answer counts as two halves."""
         if self.kind == "slow":
             await asyncio.sleep(self.number / 1000)
-        elif sent < self.number:
+        elif self.kind == "exit" or sent < self.number:
             return
         elif self.kind == "hang_after":
             await forever()
@@ -80,6 +82,8 @@ class Fault:
         for sent, part in enumerate(parts):
             await self.before_event(request, sent)
             await write(part)
+        if self.kind == "exit":
+            os.kill(os.getpid(), signal.SIGKILL)  # the answer is out, and nothing more will be
 
 
 class Condition(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

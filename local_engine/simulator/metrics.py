@@ -112,12 +112,14 @@ class Metrics(Collector):
             ("generation_tokens", counters.generation_tokens),
             ("prefix_cache_queries", counters.cache_query_tokens),
             ("prefix_cache_hits", counters.cache_hit_tokens),
+            ("external_prefix_cache_hits", counters.loaded_tokens),
             ("num_preemptions", counters.preemptions),
         ):
             yield self._counter(name, {"": value})
         by_source = {
-            "local_compute": counters.prompt_tokens - counters.cached_prompt_tokens,
-            "local_cache_hit": counters.cached_prompt_tokens,
+            "local_compute": counters.prompt_tokens - counters.hit_prompt_tokens - counters.loaded_tokens,
+            "local_cache_hit": counters.hit_prompt_tokens,
+            "external_kv_transfer": counters.loaded_tokens,
         }
         yield self._counter("prompt_tokens_by_source", by_source, "source")
         # A sequence that its client left is not counted here; that is vLLM's habit too.

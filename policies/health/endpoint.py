@@ -139,6 +139,12 @@ class EndpointHealth:
         if self.state == "out" and now >= self.due_at - _AGREEMENT_S:
             self._come_back(now)
 
+    def start_anew(self, now: float) -> None:
+        """Whoever runs it says that it is another process now, and generates: what the one before did is its own."""
+        self.ejections = 0
+        if self.state == "out":
+            self._come_back(now)
+
     def refresh(self, now: float) -> None:
         """What time alone changes: the share while warming up, the end of a pause."""
         if self.state == "warming":

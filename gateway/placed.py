@@ -1,0 +1,47 @@
+"""The configuration as a worker gets it: the operator's, and where the engines are that only the parent knows.
+
+Owns nothing but the joining of the two. A pool that is named in `members` has these for endpoints, and their key.
+Secrets are in it: it goes through the private channel only.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Self
+
+from pydantic import Field
+
+from backends.config import PoolSettings
+from backends.member import Member
+from gateway.config import Config
+from local_engine.config import Secret, Section
+
+
+class PlacedPool(Section):
+    """A pool's members, and the key that their engines were started with (None: the configuration's)."""
+
+    members: tuple[Member, ...]
+    api_key: Secret | None = None
+
+
+class PlacedConfig(Config):
+    """Valid as its Config was; `placed` is by the pool's name."""
+
+    placed: dict[str, PlacedPool] = Field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Config, placed: Mapping[str, PlacedPool]) -> Self:
+        """Pools that the configuration does not have, or has switched off, are left out."""
+        values = {name: getattr(config, name) for name in Config.model_fields}
+        known = {name: pool for name, pool in placed.items() if name in config.pools}
+        return cls.model_construct(config.model_fields_set | {"placed"}, **values, placed=known)
+
+    def enabled_pools(self) -> dict[str, PoolSettings]:
+        return {
+            name: _settled(pool, self.placed[name]) if name in self.placed else pool
+            for name, pool in super().enabled_pools().items()
+        }
+
+
+def _settled(pool: PoolSettings, placed: PlacedPool) -> PoolSettings:
+    key = placed.api_key.get_secret_value() if placed.api_key is not None else None
+    return replace(pool, members=placed.members, api_key=key or pool.api_key)
