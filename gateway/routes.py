@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from backends.dialect import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, RESPONSES
-from gateway.endpoints import batches, files, health, inference, models, passthrough, workers_ai
+from gateway.endpoints import batches, files, health, inference, models, passthrough, responses, workers_ai
 from gateway.endpoints.context import Context, new_request_id
 from gateway.errors import edge_answer
 from gateway.inbound import Request
@@ -26,6 +26,8 @@ ROUTES: Final[Mapping[str, Mapping[str, Endpoint]]] = {
     "/readyz": {"GET": health.ready},
     "/health": {"GET": health.ready},  # load generators and vLLM's own clients ask for this one
 }
+# Where a body may be a whole file.
+UPLOAD_PATHS: Final = (files.PATH,)
 MODEL_PREFIX: Final = "/v1/models/"
 # `/v1/{things}/{id}` and `/v1/{things}/{id}/{action}`: by what comes before the id, and after it.
 ITEMS: Final[Mapping[str, Mapping[str, Mapping[str, Endpoint]]]] = {
@@ -34,6 +36,10 @@ ITEMS: Final[Mapping[str, Mapping[str, Mapping[str, Endpoint]]]] = {
         "content": {"GET": files.content},
     },
     "/v1/batches/": {"": {"GET": batches.show}, "cancel": {"POST": batches.cancel}},
+    "/v1/responses/": {
+        "": {"GET": responses.show, "DELETE": responses.delete},
+        "cancel": {"POST": responses.cancel},
+    },
 }
 
 

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from gateway.overflow.background import Background
 from gateway.overflow.batches import Batches
 from gateway.overflow.endpoints import Endpoints
 from gateway.overflow.files import Files
@@ -19,6 +20,7 @@ class Doors(NamedTuple):
     files: Files
     batches: Batches
     native: NativeRequests
+    background: Background
 
     def start(self) -> None:
         self.batches.start()
