@@ -64,6 +64,10 @@ class Asked(NamedTuple):
         headers = [*answer_headers("openai", self.request_id), (b"content-type", b"application/json")]
         self.request.respond(status, headers, orjson.dumps(content))
 
+    def refuse(self, denial: Denial) -> None:
+        """In OpenAI's envelope."""
+        self.request.respond(*denial_answer(denial, "openai", self.request_id))
+
 
 Serve = Callable[[Context, Asked], Awaitable[None]]
 Endpoint = Callable[[Context, Request, str], Awaitable[None]]
