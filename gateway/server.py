@@ -136,7 +136,7 @@ class Server:
         first_keys = make_first_keys(self._storage, pepper, self._config.declared_keys())
         try:
             self._recover()
-            self._open_queue(pepper, ending)
+            await self._open_queue(pepper, ending)
             await self._open_management(operators, pepper, ending)
             ending.push_async_callback(self._engines.stop)
             await self._unless_stopped(self._engines.start(self._config))
@@ -156,11 +156,12 @@ class Server:
             ending.push_async_callback(_cancel, asyncio.create_task(work))
         self._announce(addresses, first_keys)
 
-    def _open_queue(self, pepper: bytes, ending: contextlib.AsyncExitStack) -> None:
+    async def _open_queue(self, pepper: bytes, ending: contextlib.AsyncExitStack) -> None:
         """Closed after the last worker is gone, whose jobs it gives back."""
         if self._config.queue.enabled:
             self._queue = ServiceQueue(lambda: self._config, pepper)
             ending.push_async_callback(self._queue.close)
+            await self._queue.recover()
 
     async def _open_management(
         self, listener: socket.socket, pepper: bytes, ending: contextlib.AsyncExitStack
