@@ -226,6 +226,12 @@ class Page:
             ["outcome"],
             registry=self._registry,
         )
+        self._webhooks = Gauge(
+            "headgate_webhook_deliveries",
+            "Attempts to deliver the queue's webhooks since the start, by outcome.",
+            ["outcome"],
+            registry=self._registry,
+        )
         Gauge("headgate_build_info", "Always 1.", ["version"], registry=self._registry).labels(version).set(1)
         self._registry.register(self.totals)
 
@@ -237,6 +243,10 @@ class Page:
     def set_alerts(self, delivered: int, failed: int) -> None:
         self._alerts.labels("delivered").set(delivered)
         self._alerts.labels("failed").set(failed)
+
+    def set_webhooks(self, delivered: int, failed: int) -> None:
+        self._webhooks.labels("delivered").set(delivered)
+        self._webhooks.labels("failed").set(failed)
 
     def render(self) -> bytes:
         return generate_latest(self._registry)

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
@@ -116,7 +116,8 @@ class Watcher(Protocol):
 
 
 class Fleet:
-    """All workers. `on_death` is called on a thread after a worker died without being asked to."""
+    """All workers. `on_death` is called on a thread after a worker died without being asked to, `on_exit` on the loop
+    with the name and the process of each that is gone."""
 
     def __init__(
         self,
@@ -125,7 +126,9 @@ class Fleet:
         page: Page,
         on_death: Callable[[], None],
         watcher: Watcher | None = None,
+        on_exit: Callable[[str, int], Awaitable[None]] | None = None,
     ) -> None:
+        self._on_exit = on_exit
         self._listener = listener
         self._settings = settings
         self._page = page
@@ -404,6 +407,8 @@ class Fleet:
         self._page.totals.retire(worker.name)
         if self._watcher is not None:
             self._watcher.left(worker.name)
+        if self._on_exit is not None:
+            await self._on_exit(worker.name, worker.process.pid)
         worker.ended.set_result(None)
         if was_asked and code == 0:
             return

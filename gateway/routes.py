@@ -7,7 +7,17 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from backends.dialect import CHAT, COMPLETIONS, COUNT_TOKENS, EMBEDDINGS, MESSAGES, RESPONSES
-from gateway.endpoints import batches, files, health, inference, models, passthrough, workers_ai
+from gateway.endpoints import (
+    batches,
+    files,
+    health,
+    inference,
+    jobs,
+    models,
+    passthrough,
+    responses,
+    workers_ai,
+)
 from gateway.endpoints.context import Context, new_request_id
 from gateway.errors import edge_answer
 from gateway.inbound import Request
@@ -22,10 +32,13 @@ ROUTES: Final[Mapping[str, Mapping[str, Endpoint]]] = {
     "/v1/models": {"GET": models.list_models},
     "/v1/files": {"GET": files.list_all, "POST": files.create},
     "/v1/batches": {"GET": batches.list_all, "POST": batches.create},
+    "/v1/jobs": {"GET": jobs.list_all, "POST": jobs.create},
     "/livez": {"GET": health.live},
     "/readyz": {"GET": health.ready},
     "/health": {"GET": health.ready},  # load generators and vLLM's own clients ask for this one
 }
+# Where a body may be a whole file.
+UPLOAD_PATHS: Final = (files.PATH,)
 MODEL_PREFIX: Final = "/v1/models/"
 # `/v1/{things}/{id}` and `/v1/{things}/{id}/{action}`: by what comes before the id, and after it.
 ITEMS: Final[Mapping[str, Mapping[str, Mapping[str, Endpoint]]]] = {
@@ -34,6 +47,16 @@ ITEMS: Final[Mapping[str, Mapping[str, Mapping[str, Endpoint]]]] = {
         "content": {"GET": files.content},
     },
     "/v1/batches/": {"": {"GET": batches.show}, "cancel": {"POST": batches.cancel}},
+    "/v1/jobs/": {
+        "": {"GET": jobs.show, "DELETE": jobs.delete},
+        "result": {"GET": jobs.result},
+        "stream": {"GET": jobs.stream},
+        "cancel": {"POST": jobs.cancel},
+    },
+    "/v1/responses/": {
+        "": {"GET": responses.show, "DELETE": responses.delete},
+        "cancel": {"POST": responses.cancel},
+    },
 }
 
 

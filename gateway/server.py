@@ -33,6 +33,7 @@ from gateway.keys import Keyring, load_pepper
 from gateway.logs import start_logging, watch_loop
 from gateway.management.app import Plane
 from gateway.node import Node
+from gateway.overflow.service_queue import ServiceQueue
 from gateway.overflow.webhooks import QueueWebhooks
 from gateway.patrol import Patrol
 from gateway.placed import PlacedConfig
@@ -93,12 +94,12 @@ class Server:
         self._node: Node | None = None
         alerts = AlertOutbox(self._storage, lambda: receivers_of(self._config.alerts))
         self._alerts = WebhookDelivery(alerts, "alert")
-        self._webhooks: QueueWebhooks | None = None
         self._switchboard = Switchboard(
             self._page, alerts, lambda: self._for_workers(self._config), self._publish
         )
         self._engines = Engines(self._storage, self._switchboard)
         self._applying = asyncio.Lock()
+        self._queue: ServiceQueue | None = None
         self._stop = asyncio.Event()
         self._had_terminal = os.isatty(2)
 
@@ -144,6 +145,7 @@ class Server:
         first_keys = make_first_keys(self._storage, pepper, self._config.declared_keys())
         try:
             self._recover()
+            await self._open_queue(pepper, ending)
             await self._open_management(operators, pepper, ending)
             ending.push_async_callback(self._simulators.stop)
             await self._unless_stopped(self._simulators.start(self._config))
@@ -159,9 +161,19 @@ class Server:
         self._watch = _CountingWatch(self._page, self._path, self._environ, self._config, self._apply)
         tenants = TenantsWatch(self._storage, Declared(), lambda _: self._check.want())
         ending.callback(tenants.close)
-        for work in (self._watch.run(), self._check.run(), self._alerts.run()):
+        works = [self._watch.run(), self._check.run(), self._alerts.run()]
+        if self._queue is not None:
+            works.append(self._queue.run())
+        for work in works:
             ending.push_async_callback(_cancel, asyncio.create_task(work))
         self._announce(addresses, first_keys)
+
+    async def _open_queue(self, pepper: bytes, ending: contextlib.AsyncExitStack) -> None:
+        """Closed after the last worker is gone, whose jobs it gives back."""
+        if self._config.queue.enabled:
+            self._queue = ServiceQueue(lambda: self._config, pepper)
+            ending.push_async_callback(self._queue.close)
+            await self._queue.recover()
 
     async def _open_management(
         self, listener: socket.socket, pepper: bytes, ending: contextlib.AsyncExitStack
@@ -194,7 +206,8 @@ class Server:
             workers=self._worker_count(), hang_timeout_s=self._config.server.hang_timeout_s
         )
         self._patrol = Patrol(self._tell_workers, self._page.probes, self._engines.wanted)
-        self._fleet = Fleet(listener, settings, self._page, self._recover, self._patrol)
+        on_exit = None if self._queue is None else self._queue.worker_died
+        self._fleet = Fleet(listener, settings, self._page, self._recover, self._patrol, on_exit)
         self._switchboard.connect(self._fleet, self._patrol)
         ending.push_async_callback(self._patrol.stop)
         ending.push_async_callback(self._drain)
@@ -325,7 +338,7 @@ class Server:
 
     @property
     def webhooks(self) -> QueueWebhooks | None:
-        return self._webhooks
+        return None if self._queue is None else self._queue.webhooks
 
     async def metrics(self) -> bytes:
         if self._fleet is not None:
@@ -335,6 +348,9 @@ class Server:
         self._page.set_budgets(self._check.drift_nanousd, self._check.corrections, self._check.checked_time)
         self._page.set_engines(self._engines.view())
         self._page.set_alerts(self._alerts.delivered, self._alerts.failed)
+        if self._queue is not None:
+            deliveries = self._queue.webhooks.delivery
+            self._page.set_webhooks(deliveries.delivered, deliveries.failed)
         return self._page.render()
 
     async def reload(self) -> Reloaded:

@@ -20,6 +20,8 @@ from gateway.ingress import check_content_type, decode_body
 from gateway.intake import identify
 from gateway.overflow.doors import Doors
 from gateway.overflow.job import Door
+from gateway.overflow.store import IdempotencyConflictError, QueueFullError
+from gateway.overflow.submit import denial_of
 from gateway.stores.limit_store import StoreAwayError
 from gateway.stores.sqlite import StorageError
 from policies.exchange import Caller, Exchange
@@ -64,6 +66,10 @@ class Asked(NamedTuple):
         headers = [*answer_headers("openai", self.request_id), (b"content-type", b"application/json")]
         self.request.respond(status, headers, orjson.dumps(content))
 
+    def refuse(self, denial: Denial) -> None:
+        """In OpenAI's envelope."""
+        self.request.respond(*denial_answer(denial, "openai", self.request_id))
+
 
 Serve = Callable[[Context, Asked], Awaitable[None]]
 Endpoint = Callable[[Context, Request, str], Awaitable[None]]
@@ -82,6 +88,8 @@ def for_callers(serve: Serve) -> Endpoint:
                 await serve(context, Asked(request, request_id, exchange.caller))
         except Refusal as refusal:
             denial = Denial(refusal.status, refusal.code, refusal.message, refusal.param)
+        except (QueueFullError, IdempotencyConflictError) as error:
+            denial = denial_of(error)
         except (StorageError, StoreAwayError) as error:
             _log.error("%s %s: %s", request.method, request.path, error, extra={"request_id": request_id})
             denial = Denial(503, "storage_unavailable", "the storage cannot be used now", retry_after_s=1.0)

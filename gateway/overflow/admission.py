@@ -26,7 +26,7 @@ from policies.verdict import Denial
 
 BY_PATH: Final[Mapping[str, Dialect]] = {d.path: d for d in DIALECTS.values() if d.is_billed}
 # What was wished for an ordinary request means nothing to a job.
-_NOT_KEPT: Final = frozenset({b"x-headgate-on-full", b"x-headgate-priority"})
+_NOT_KEPT: Final = frozenset({b"x-headgate-on-full", b"x-headgate-priority", b"x-headgate-webhook"})
 _BYTES_PER_TOKEN: Final = 4
 _LEAST_TOKENS: Final = 16
 _decode_headers = msgspec.json.Decoder(list[tuple[str, str]]).decode

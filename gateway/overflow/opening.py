@@ -17,6 +17,7 @@ from gateway.overflow.store import QueueStore
 from gateway.redis_config import RedisConfig, node_name
 from gateway.stores.endpoint_table import SqliteEndpoints
 from gateway.stores.held_sqlite import SqliteHeldStore
+from gateway.stores.queue_content import Content
 from gateway.stores.queue_sqlite import SqliteQueueStore
 from gateway.stores.sqlite import StorageError
 
@@ -51,7 +52,8 @@ def open_store(config: Config, bodies: Bodies) -> QueueStore:
             config.storage.directory, bodies=bodies, result_folder=config.queue.result_folder
         )
     module = importlib.import_module("gateway.stores.queue_redis")
-    return cast("QueueStore", module.open_queue(redis, config.storage.directory, bodies))
+    content = Content(bodies, config.queue.result_folder)
+    return cast("QueueStore", module.open_queue(redis, config.storage.directory, content))
 
 
 def open_held(config: Config) -> HeldStore:

@@ -101,10 +101,10 @@ class Submitter:
             submitted = await self._store.submit(_new_job(wish, admitted), admitted.limits)
         except (QueueFullError, IdempotencyConflictError) as error:
             self._admission.give_back(admitted)
-            return _denial(error)
+            return denial_of(error)
         except StoreAwayError as error:
             # It may be there all the same, and its end gives back what was taken; else that lapses with this worker.
-            return _denial(error)
+            return denial_of(error)
         if not submitted.is_new:
             self._admission.give_back(admitted)
         return submitted.job
@@ -141,10 +141,10 @@ class Submitter:
         try:
             parent, is_kept = await store(jobs, taken[0].limits)
         except StoreAwayError as error:
-            return [_denial(error)] * len(wishes)  # as in `submit`
+            return [denial_of(error)] * len(wishes)  # as in `submit`
         except (QueueFullError, IdempotencyConflictError) as error:
             self._give_back(taken)
-            return [_denial(error)] * len(wishes)
+            return [denial_of(error)] * len(wishes)
         except QueueStoreError:
             self._give_back(taken)
             raise
@@ -195,7 +195,8 @@ def _new_job(wish: Wish, admitted: Admitted) -> NewJob:
     )
 
 
-def _denial(error: QueueFullError | IdempotencyConflictError | StoreAwayError) -> Denial:
+def denial_of(error: QueueFullError | IdempotencyConflictError | StoreAwayError) -> Denial:
+    """What a caller is told of a store's no."""
     if isinstance(error, QueueFullError):
         return Denial(
             429,

@@ -96,6 +96,9 @@ class WorkerQueue:
             Batches(store, submitter, files, owner, lambda: around.config().queue.batches),
             NativeRequests(store, submitter),
             Background(store, submitter, self.watch, self.drawing.hint, self.drawing.cancelled),
+            self.watch,
+            self.drawing.hint,
+            self.drawing.cancelled,
         )
         self.background = BackgroundPark(self.doors.background, self._endpoints)
 

@@ -308,8 +308,7 @@ def fail(
     is_last = attempts >= row.max_attempts
     not_before_time = now_time + max(0.0, failure.retry_in_s)
     if row.state != "cancelling" and not is_last and not_before_time < row.expires_time:
-        if failure.units:
-            queue_turns.charge(connection, row, failure.units)
+        queue_turns.charge(connection, row, row.charged if failure.units is None else failure.units)
         requeue(connection, row, now_time, "failed", not_before_time=not_before_time)
         return row, False
     state: State = "dead" if is_last else "expired"

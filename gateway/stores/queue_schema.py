@@ -210,6 +210,9 @@ STEPS: Final = (
 )
 
 
+LEASES: Final = "SELECT 1 FROM job WHERE lease_until_time IS NOT NULL LIMIT 1"
+
+
 class JobRow(msgspec.Struct):
     """A row of `job`, in the order of its columns."""
 

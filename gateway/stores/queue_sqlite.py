@@ -40,7 +40,7 @@ from gateway.stores.limit_sqlite import Clocks
 from gateway.stores.queue_content import Content
 from gateway.stores.queue_jobs import Answer
 from gateway.stores.queue_list import list_rows
-from gateway.stores.queue_schema import STEPS, SUSPECT, JobRow, find, find_parent, job_of, parent_of
+from gateway.stores.queue_schema import LEASES, STEPS, SUSPECT, JobRow, find, find_parent, job_of, parent_of
 from gateway.stores.queue_thread import StoreThread, Work
 from gateway.stores.sqlite import Connection, StorageError
 
@@ -62,7 +62,7 @@ class SqliteQueueStore:
         clocks: Clocks | None = None,
     ) -> None:
         self._content = Content(bodies, result_folder)
-        self._thread = StoreThread(storage / DATABASE_NAME, STEPS, clocks=clocks)
+        self._thread = StoreThread(storage / DATABASE_NAME, STEPS, leases=LEASES, clocks=clocks)
 
     # -- handing in
 

@@ -96,6 +96,17 @@ def _json(document: Any) -> bytes:
     return json.dumps(document).encode()
 
 
+def _answer(body: bytes, kind: bytes = b"text/plain") -> bytes:
+    head = b"content-type: %b\r\ncontent-length: %d\r\n\r\n" % (kind, len(body))
+    return b"HTTP/1.1 200 OK\r\n" + head + body
+
+
+def _idle() -> bytes:
+    """What an engine with nothing to do says of itself."""
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    return _answer("".join(f"vllm:{name} 0\n" for name in names).encode())
+
+
 class Connection(asyncio.Protocol):
     """Answers requests in order; there is at most one under way, as the gateway does not pipeline."""
 
@@ -133,6 +144,9 @@ class Connection(asyncio.Protocol):
         self._body += body
 
     def on_message_complete(self) -> None:
+        if self._parser.get_method() == b"GET":
+            self._transport.write(_idle() if self._target.endswith(b"/metrics") else _answer(b""))
+            return
         plan = Plan.found_in(self._body)
         os.write(self._journal, b"begin %b %d\n" % (self._request_id, plan.serial))
         is_stream = json.loads(self._body).get("stream", False)
@@ -143,8 +157,7 @@ class Connection(asyncio.Protocol):
             self._parts[0] = b"HTTP/1.1 200 OK\r\n" + head + self._parts[0]
             self._parts[-1] += b"0\r\n\r\n"
         else:
-            head = b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(parts[0])
-            self._parts = [b"HTTP/1.1 200 OK\r\n" + head + parts[0]]
+            self._parts = [_answer(parts[0], b"application/json")]
         self._step(plan.pause_ms / 1000)
 
     def _step(self, pause_s: float) -> None:

@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gateway.overflow.store import QueueStore
+from gateway.stores.queue_content import Content
+from gateway.stores.queue_journal import Journal
+from gateway.stores.queue_node import QueueNode
+from gateway.stores.queue_redis import RedisQueueStore
 from gateway.stores.queue_sqlite import SqliteQueueStore
+from gateway.stores.redis_connection import RedisConnection
 from tests.support.queue_clock import QueueClock
+from tests.support.redis_server import RedisServer
 
-STORES = ("sqlite",)
+STORES = ("sqlite", "redis")
 
 
 class Queue(NamedTuple):
@@ -23,12 +29,34 @@ class Queue(NamedTuple):
 
 
 class Servers:
+    """What several tests of a file share."""
+
+    def __init__(self, server: RedisServer) -> None:
+        self.server = server
+
     async def queue(self, kind: str, directory: Path, **settings: Any) -> Queue:
         clock = QueueClock()
+        if kind == "redis":
+            self.server.command("FLUSHALL")
+            stores = [redis_queue(self.server, directory, clock, **settings) for _ in range(2)]
+            return Queue(*stores, clock)
         first = SqliteQueueStore(directory, clocks=clock.clocks, **settings)
         return Queue(first, SqliteQueueStore(directory, clocks=clock.clocks, **settings), clock)
 
 
+def redis_queue(
+    server: RedisServer, directory: Path, clock: QueueClock | None = None, **settings: Any
+) -> RedisQueueStore:
+    """A process's view; those of one `directory` are on one node."""
+    connections = [RedisConnection(server.url, "t", timeout_s=10.0) for _ in range(2)]
+    journal = Journal(directory, clocks=None if clock is None else clock.clocks)
+    grace_s = settings.pop("grace_s", 0.0)
+    now_us = None if clock is None else clock.now_us
+    node = QueueNode(connections, journal, grace_s=grace_s, now_us=now_us, **settings)
+    return RedisQueueStore(node, Content())
+
+
 @contextmanager
 def opened(directory: Path) -> Iterator[Servers]:
-    yield Servers()
+    with RedisServer(directory / "redis") as server:
+        yield Servers(server)

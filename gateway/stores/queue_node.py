@@ -1,0 +1,237 @@
+"""A node's side of a queue in Redis: its connections, the epoch it knows, and what it says again after Redis lost something.
+
+An epoch is one Redis that has lost nothing: a server that is new, was restarted or took over gets another one, and every
+script is refused that names an old one. Whoever is refused learns the new epoch, says there what its journal has that
+was not said in it yet, and repeats its call. So a flush or a failover loses nothing as long as the nodes' disks are there.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from gateway.overflow.store import (
+    IdempotencyConflictError,
+    LeaseLostError,
+    OutOfOrderError,
+    QueueFullError,
+    QueueStoreError,
+)
+from gateway.stores.limit_store import StoreAwayError
+from gateway.stores.queue_journal import Ending, Journal, Promise, Step
+from gateway.stores.queue_reply import JOB_FIELDS
+from gateway.stores.redis_connection import RedisConnection, Script
+
+_PARTS: Final = ("core", "parents", "jobs", "sweep", "restore")
+_SCRIPT: Final = Script("".join(Path(__file__).with_name(f"queue_{part}.lua").read_text() for part in _PARTS))
+_ANY_EPOCH: Final = "*"
+_TRIES: Final = 3
+_AT_ONCE: Final = 200
+_RELEASED: Final = 500
+_NOT_THERE: Final = -1
+_WAIT_MS: Final = 1000
+
+_log = logging.getLogger(__name__)
+_encode: Final = msgspec.msgpack.Encoder().encode
+_decode: Final = msgspec.msgpack.Decoder().decode
+_FIELDS: Final = _encode(JOB_FIELDS)
+
+
+class QueueNode:
+    """One per process. `grace_s`: how long nothing is claimed in a new epoch, so that ends are said before what has not ended.
+    `replicas`: how many of them must have a job before it counts as accepted. `now_us`: instead of the server's time."""
+
+    def __init__(
+        self,
+        connections: Sequence[RedisConnection],
+        journal: Journal,
+        *,
+        grace_s: float = 5.0,
+        replicas: int = 0,
+        now_us: Callable[[], int] | None = None,
+    ) -> None:
+        self.journal = journal
+        self.times_met = 0  # epochs that were new to this process
+        self._connections = connections
+        self._free: asyncio.LifoQueue[RedisConnection] = asyncio.LifoQueue()
+        for connection in connections:
+            self._free.put_nowait(connection)
+        self._key = connections[0].key("queue")
+        self._grace_s, self._replicas, self._now_us = grace_s, replicas, now_us
+        self._epoch = ""  # as far as known
+        self._meeting = asyncio.Lock()
+        self._checked = self._checked_end = ""  # the last promise and end that were looked at
+
+    @property
+    def epoch(self) -> int:
+        """The one of the latest call."""
+        return int(self._epoch or 0)
+
+    async def ask(
+        self, verb: str, arguments: dict[str, Any], binary: Sequence[bytes] = (), *, is_promise: bool = False
+    ) -> list[Any]:
+        """The script's answer. QueueStoreErrors as it says, StoreAwayError when it says nothing."""
+        for _ in range(_TRIES):
+            epoch = self._epoch or await self._meet()
+            answer = await self._call(verb, epoch, arguments, binary, is_promise=is_promise)
+            if answer[0] == b"ok":
+                return answer[1:]
+            if answer[0] != b"epoch":
+                raise _refusal(answer)
+            self._epoch = ""
+        raise StoreAwayError("it loses its data again and again")
+
+    async def tend(self) -> None:
+        """Now and then: whether this is still the Redis it was, whether all was said, and what need not be kept any more."""
+        self._epoch = ""
+        await self._meet()
+        ids = await self.journal.promised(self._checked, _AT_ONCE)
+        self._checked = ids[-1] if len(ids) == _AT_ONCE else ""
+        if ended := await self._those("ended", ids):
+            await self.journal.kept(ended)
+        ids = await self.journal.ends_after(self._checked_end, _AT_ONCE)
+        self._checked_end = ids[-1] if len(ids) == _AT_ONCE else ""
+        if purged := await self._those("purged", ids):
+            await self.journal.purge(purged)
+        await self.journal.forget()
+
+    async def _those(self, verb: str, ids: list[str]) -> list[str]:
+        if not ids:
+            return []
+        (found,) = await self.ask(verb, {"ids": ids})
+        return [each.decode() for each in found]
+
+    async def close(self) -> None:
+        await self.journal.close()
+        for connection in self._connections:
+            await connection.close()
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[RedisConnection]:
+        connection = await self._free.get()
+        try:
+            yield connection
+        finally:
+            self._free.put_nowait(connection)
+
+    async def _call(
+        self,
+        verb: str,
+        epoch: str,
+        arguments: dict[str, Any],
+        binary: Sequence[bytes] = (),
+        *,
+        is_promise: bool = False,
+    ) -> list[Any]:
+        now = "" if self._now_us is None else repr(self._now_us() / 1e6)
+        words = (verb, now, epoch, _encode(arguments), _FIELDS, *binary)
+        try:
+            async with self._connection() as connection:
+                answer: list[Any] = await connection.run(_SCRIPT, (self._key,), words)
+                found = self._replicas
+                if is_promise and found and answer[0] == b"ok":
+                    found = await connection.call("WAIT", self._replicas, _WAIT_MS)
+        except StoreAwayError:
+            self._epoch = ""  # it may be another one when it is back
+            raise
+        if found < self._replicas:
+            raise StoreAwayError(f"only {found} of {self._replicas} replicas have it")
+        return answer
+
+    async def _meet(self) -> str:
+        """Which epoch it is; what was not said in it is."""
+        async with self._meeting:
+            if self._epoch:
+                return self._epoch
+            async with self._connection() as connection:
+                server = await connection.call("INFO", "server")
+            asked = {"run_id": str(server["run_id"]), "grace_s": self._grace_s}
+            epoch = str((await self._call("begin", _ANY_EPOCH, asked))[1].decode())
+            said = await self._say_again(epoch)
+            if said:
+                _log.warning(
+                    "the queue's Redis lost data, or is another: it was told again what was promised",
+                    extra={"epoch": epoch, "told": said},
+                )
+            self.times_met += 1
+            self._epoch = epoch
+            return epoch
+
+    async def _say_again(self, epoch: str) -> int:
+        """Ends first; then parents, what belongs to them, and what became of them. How many of all."""
+        journal, number = self.journal, int(epoch)
+        said = await self._say_all(epoch, lambda: journal.unsaid_ends(number, _AT_ONCE), self._say_end)
+        said += await self._steps(epoch, "open")
+        said += await self._say_all(
+            epoch, lambda: journal.unsaid_promises(number, _AT_ONCE), self._say_promise
+        )
+        for name in ("release", "cancel", "end"):
+            said += await self._steps(epoch, name)
+        return said
+
+    async def _steps(self, epoch: str, name: str) -> int:
+        number = int(epoch)
+        return await self._say_all(
+            epoch, lambda: self.journal.unsaid_steps(number, name, _AT_ONCE), self._say_step
+        )
+
+    async def _say_all(self, epoch: str, unsaid: Callable[[], Any], say: Callable[[str, Any], Any]) -> int:
+        count = 0
+        while True:
+            rows = await unsaid()
+            said = [row for row in rows if await say(epoch, row)]
+            if said:
+                await self.journal.said(said, int(epoch))
+            count += len(said)
+            if len(rows) < _AT_ONCE or not said:
+                return count
+
+    async def _say(
+        self, epoch: str, verb: str, arguments: dict[str, Any], binary: Sequence[bytes] = ()
+    ) -> int:
+        answer = await self._call(verb, epoch, arguments, binary)
+        if answer[0] == b"epoch":
+            raise StoreAwayError("it lost its data again")
+        return int(answer[1])
+
+    async def _say_end(self, epoch: str, row: Ending) -> bool:
+        plain, arguments, binary = _decode(row.record)
+        arguments = arguments | {"job": plain, "is_intent": not row.is_final}
+        is_taken = bool(await self._say(epoch, "restore_end", arguments, binary))
+        if not row.is_final or not is_taken:
+            await self.journal.close_end(row.job_id, row.fence, row.owner, is_taken=is_taken)
+        return True
+
+    async def _say_promise(self, epoch: str, row: Promise) -> bool:
+        plain, binary = _decode(row.record)
+        await self._say(epoch, "restore_job", {"job": plain}, binary)
+        return True
+
+    async def _say_step(self, epoch: str, row: Step) -> bool:
+        arguments, binary = _decode(row.record)
+        if row.name == "open":
+            await self._say(epoch, "restore_parent", arguments, binary)
+            return True
+        if row.name == "cancel":
+            answer = await self._call("cancel_parent", epoch, arguments)
+            return len(answer) > 1
+        if row.name == "end":
+            return await self._say(epoch, "restore_parent_end", arguments, binary) != _NOT_THERE
+        while (left := await self._say(epoch, "restore_release", arguments | {"most": _RELEASED})) > 0:
+            continue
+        return left != _NOT_THERE
+
+
+def _refusal(answer: list[Any]) -> QueueStoreError:
+    kind = answer[0]
+    if kind == b"lost":
+        return LeaseLostError("it is somebody else's, or has ended")
+    if kind == b"conflict":
+        return IdempotencyConflictError("the key was used with other content")
+    if kind == b"full":
+        return QueueFullError(int(answer[1]), int(answer[2]))
+    return OutOfOrderError(int(answer[1]))
