@@ -80,7 +80,7 @@ class Server:
         self._storage = config.storage.directory
         self._started_time = time.time()
         self._page = Page(metadata.version("headgate"))
-        self._simulators = Simulators(lambda child: self._page.engine_restarts.labels(child).inc())
+        self._simulators = Simulators(lambda child: self._page.engines.restarts.labels(child).inc())
         self._keyring: Keyring | None = None
         self._fleet: Fleet | None = None
         self._patrol: Patrol | None = None
@@ -325,7 +325,7 @@ class Server:
         if self._node is not None:
             self._page.totals.update("node", self._node.snapshot())
         self._page.set_budgets(self._check.drift_nanousd, self._check.corrections, self._check.checked_time)
-        self._page.set_engines(self._engines.view())
+        self._page.engines.show(self._engines.view())
         self._page.set_alerts(self._alerts.delivered, self._alerts.failed)
         return self._page.render()
 
