@@ -24,10 +24,14 @@ class _StreamOptions(msgspec.Struct):
 
 
 class Edits(msgspec.Struct, frozen=True):
-    """What a rule changes in a body: top-level members left out, and members set, each as JSON text (`"top_p":1`)."""
+    """What is changed in a body: top-level members left out, and members set, each as JSON text (`"top_p":1`).
+
+    `reserved` are set, too, and they are what no rule and no client may say to this upstream.
+    """
 
     drops: frozenset[str]
     sets: Mapping[str, bytes]
+    reserved: Mapping[str, bytes] = {}
 
 
 class Encoded(msgspec.Struct, frozen=True):
@@ -57,6 +61,7 @@ def encode(
     wants_usage = is_stream and dialect.usage_on_request and provider.may_ask_usage
     if edits is not None:
         sets = {name: member for name, member in edits.sets.items() if name not in provider.drops}
+        sets |= edits.reserved
         return _edited(document, upstream_model, provider.drops | edits.drops, sets, wants_usage=wants_usage)
     if not wants_usage and bytes(values["model"]) == upstream_model and provider.drops.isdisjoint(values):
         return Encoded(document.body, strips_usage=False)

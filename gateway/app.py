@@ -36,6 +36,7 @@ from gateway.pinning import Pinning
 from gateway.pipeline import Parts, Pipeline
 from gateway.placement_metrics import watch_placement
 from gateway.placing import Placing
+from gateway.prefilling import watch_prefills
 from gateway.route_builder import rules_of
 from gateway.routes import route
 from gateway.runtime import Runtime
@@ -159,6 +160,7 @@ class App:
             await self.server.wait_closed(_CUT_S)
             self.server.abort_all()
         await self._shadowing.stop()
+        await self._sending.prefilling.stop()
         await self._settler.idle()
         return left
 
@@ -277,6 +279,7 @@ class App:
             "endpoint",
         )
         watch_health(self._telemetry, self._health, self._sending.counts, self._settler.wasted_nanousd)
+        watch_prefills(self._telemetry, self._sending.prefilling.counts)
         watch_placement(self._telemetry, self._settler.locality, self._room, self._upstreams.endpoints)
         watch(
             "headgate_upstream_connections",

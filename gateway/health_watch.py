@@ -43,8 +43,14 @@ class HealthWatch:
     def declare(self, pools: Mapping[str, Pool], settings: Iterable[PoolSettings]) -> None:
         """The pools of a configuration that now is in force."""
         self.book.declare(
-            (pool.name, health_settings(pool.health, pool.provider), pools[pool.name].endpoints)
+            (name, health_settings(pool.health, pool.provider), endpoints)
             for pool in settings
+            # Who only computes prompts is compared with others that do.
+            for name, endpoints in (
+                (pool.name, pools[pool.name].endpoints),
+                (f"{pool.name} prefill", pools[pool.name].prefillers),
+            )
+            if endpoints
         )
         self._seen = {health: (health.state, health.out_at) for health in self.book.all()}
 

@@ -74,7 +74,7 @@ class Patrol:
         self._beats = []
         for pool in settings:
             model = _model_of(config, pool.name)
-            for members in _by_address(pools[pool.name].endpoints):
+            for members in _by_address(pools[pool.name].members):
                 beat = _Beat(pool, members, model)
                 old = known.get(id(members[0]))
                 if old is not None:

@@ -118,6 +118,8 @@ class Exchange(msgspec.Struct):
     attempts: int = 0
     sent_at: float = 0.0  # the latest attempt
     waste: list[Waste] | None = None  # attempts that failed
+    prefilled_by: str = ""  # name of the endpoint that computed the prompt, where that is another one
+    prefill_us: int = 0
     dispatched_at: float = 0.0
     intent: tuple[Any, ...] | None = None  # what the ledger wrote of it when it was first sent off
     # relay

@@ -17,6 +17,7 @@ from policies.placement.placer import Placer
 from policies.prices import Price
 
 if TYPE_CHECKING:
+    from policies.placement.prefill import Prefillers
     from policies.rules.fallback import ModelRouting
 
 # Rules choose among a model's targets in as many orders as they are written; anything beyond is thrown away and made again.
@@ -26,10 +27,20 @@ _MAX_GROUPINGS: Final = 256
 class Target:
     """A pool, the upstream's name for the model, what it costs there, and how its endpoint is chosen.
 
-    `placer` is None where there is nothing to choose: the pool has one endpoint.
+    `placer` is None where there is nothing to choose: the pool has one endpoint. `prefillers` is nearly always None: who
+    answers computes the prompt.
     """
 
-    __slots__ = ("deadlines", "model_json", "name", "placer", "pool", "price", "upstream_model")
+    __slots__ = (
+        "deadlines",
+        "model_json",
+        "name",
+        "placer",
+        "pool",
+        "prefillers",
+        "price",
+        "upstream_model",
+    )
 
     def __init__(
         self, name: str, pool: Pool, upstream_model: str, price: Price, placer: Placer | None = None
@@ -41,6 +52,7 @@ class Target:
         self.price = price
         self.placer = placer
         self.deadlines: Deadlines | None = None  # its own, instead of the endpoint's
+        self.prefillers: Prefillers | None = None
 
 
 class Candidate:

@@ -171,6 +171,11 @@ CREATE TABLE alert_delivery (
 CREATE INDEX alert_delivery_due ON alert_delivery (next_time) WHERE next_time IS NOT NULL;
 """
 
+_PREFILL: Final = """
+ALTER TABLE ledger ADD COLUMN prefill_endpoint TEXT NOT NULL DEFAULT '';
+ALTER TABLE ledger ADD COLUMN prefill_us INTEGER NOT NULL DEFAULT 0;
+"""
+
 STEPS: Final[tuple[str, ...]] = (
     _LEDGER,
     _KEYS,
@@ -180,4 +185,5 @@ STEPS: Final[tuple[str, ...]] = (
     _PLACEMENT,
     _NODES,
     _ALERTS,
+    _PREFILL,
 )
