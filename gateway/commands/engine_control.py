@@ -6,8 +6,9 @@ from typing import Annotated, Any, Final
 import typer
 from rich.console import Console
 
-from gateway.commands.plane import DEFAULT_CONFIG, ConfigOption, JsonOption, KeyOption, Plane, UrlOption
+from gateway.commands.plane import JsonOption, OperatorOption, Plane, ServiceOption, UrlOption, find_plane
 from gateway.commands.tables import Column, print_table
+from gateway.config import DEFAULT_PATH
 
 PoolArgument = Annotated[str, typer.Argument(help="A pool with a vllm block.")]
 NameArgument = Annotated[str, typer.Argument(help="A pool, or one of its replicas as pool/1.")]
@@ -25,13 +26,13 @@ _COLUMNS: Final = (
 
 def status(
     url: UrlOption = "",
-    key: KeyOption = "",
-    config_path: ConfigOption = DEFAULT_CONFIG,
+    key: OperatorOption = "",
+    config_path: ServiceOption = DEFAULT_PATH,
     *,
     as_json: JsonOption = False,
 ) -> None:
     """Every replica: its state, how often it was restarted, why it failed last."""
-    told = Plane(url, key, config_path).ask("/api/engines")
+    told = find_plane(url, key, config_path).ask("/api/engines")
     if as_json:
         print(json.dumps(told, indent=2))
         return
@@ -48,80 +49,80 @@ def restart(
     pool: PoolArgument,
     surge: Annotated[int | None, typer.Option(help="Additional engines meanwhile.")] = None,
     url: UrlOption = "",
-    key: KeyOption = "",
-    config_path: ConfigOption = DEFAULT_CONFIG,
+    key: OperatorOption = "",
+    config_path: ServiceOption = DEFAULT_PATH,
     *,
     as_json: JsonOption = False,
 ) -> None:
     """Replace the engines one after another, each drained first; those that were given up are tried again."""
-    _act(Plane(url, key, config_path), pool, "restart", {"surge": surge}, as_json=as_json)
+    _act(find_plane(url, key, config_path), pool, "restart", {"surge": surge}, as_json=as_json)
 
 
 def scale(
     pool: PoolArgument,
     replicas: Annotated[int, typer.Argument(help="How many are to run.")],
     url: UrlOption = "",
-    key: KeyOption = "",
-    config_path: ConfigOption = DEFAULT_CONFIG,
+    key: OperatorOption = "",
+    config_path: ServiceOption = DEFAULT_PATH,
     *,
     as_json: JsonOption = False,
 ) -> None:
     """Run so many, until the configuration or this says otherwise."""
-    _act(Plane(url, key, config_path), pool, "scale", {"replicas": replicas}, as_json=as_json)
+    _act(find_plane(url, key, config_path), pool, "scale", {"replicas": replicas}, as_json=as_json)
 
 
 def drain(
     name: NameArgument,
     url: UrlOption = "",
-    key: KeyOption = "",
-    config_path: ConfigOption = DEFAULT_CONFIG,
+    key: OperatorOption = "",
+    config_path: ServiceOption = DEFAULT_PATH,
     *,
     as_json: JsonOption = False,
 ) -> None:
     """Send nothing new to it; it keeps running. `resume` ends that."""
     pool, slot = _slot(name)
-    _act(Plane(url, key, config_path), pool, "drain", {"slot": slot}, as_json=as_json)
+    _act(find_plane(url, key, config_path), pool, "drain", {"slot": slot}, as_json=as_json)
 
 
 def resume(
     name: NameArgument,
     url: UrlOption = "",
-    key: KeyOption = "",
-    config_path: ConfigOption = DEFAULT_CONFIG,
+    key: OperatorOption = "",
+    config_path: ServiceOption = DEFAULT_PATH,
     *,
     as_json: JsonOption = False,
 ) -> None:
     """What was drained takes requests again."""
     pool, slot = _slot(name)
-    _act(Plane(url, key, config_path), pool, "resume", {"slot": slot}, as_json=as_json)
+    _act(find_plane(url, key, config_path), pool, "resume", {"slot": slot}, as_json=as_json)
 
 
 def sleep(
     pool: PoolArgument,
     url: UrlOption = "",
-    key: KeyOption = "",
-    config_path: ConfigOption = DEFAULT_CONFIG,
+    key: OperatorOption = "",
+    config_path: ServiceOption = DEFAULT_PATH,
     *,
     as_json: JsonOption = False,
 ) -> None:
     """Give its GPUs' memory back, until a request or `wake` comes; engines that cannot sleep end."""
-    _act(Plane(url, key, config_path), pool, "sleep", {}, as_json=as_json)
+    _act(find_plane(url, key, config_path), pool, "sleep", {}, as_json=as_json)
 
 
 def wake(
     pool: PoolArgument,
     url: UrlOption = "",
-    key: KeyOption = "",
-    config_path: ConfigOption = DEFAULT_CONFIG,
+    key: OperatorOption = "",
+    config_path: ServiceOption = DEFAULT_PATH,
     *,
     as_json: JsonOption = False,
 ) -> None:
     """End its sleep."""
-    _act(Plane(url, key, config_path), pool, "wake", {}, as_json=as_json)
+    _act(find_plane(url, key, config_path), pool, "wake", {}, as_json=as_json)
 
 
 def _act(plane: Plane, pool: str, action: str, body: dict[str, Any], *, as_json: bool) -> None:
-    told = plane.ask(f"/api/engines/{pool}/{action}", body)
+    told = plane.ask(f"/api/engines/{pool}/{action}", "POST", body)
     print(
         json.dumps(told, indent=2)
         if as_json

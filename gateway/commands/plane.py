@@ -1,7 +1,7 @@
-"""Asking the running service on its management plane: where it is, whose key, one question and its answer.
+"""The management plane as commands ask it: where it is, and its answer or a sentence on why there is none.
 
-Knows of the service only where the plane is. The operator key is read from the environment, so that it
-is neither in a process list nor in a shell's history.
+Knows of the service only where the plane is. The operator key is best read from the environment, so that it is neither in
+a process list nor in a shell's history.
 """
 
 import http.client
@@ -17,6 +17,8 @@ import typer
 from gateway.commands.storage import fail
 from gateway.config import DEFAULT_PATH, ConfigError, load
 
+_TIMEOUT_S: Final = 30.0
+
 UrlOption = Annotated[
     str,
     typer.Option(
@@ -25,46 +27,50 @@ UrlOption = Annotated[
         help="Where the management plane is; default: where the configuration has it.",
     ),
 ]
-KeyOption = Annotated[
-    str, typer.Option(envvar="HEADGATE_OPERATOR_KEY", help="An operator key; better set the variable.")
+OperatorOption = Annotated[
+    str,
+    typer.Option("--key", envvar="HEADGATE_OPERATOR_KEY", help="An operator key; better set the variable."),
 ]
-ConfigOption = Annotated[
+ServiceOption = Annotated[
     Path, typer.Option("--config", "-c", envvar="HEADGATE_CONFIG", help="The configuration file.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
-DEFAULT_CONFIG: Final = DEFAULT_PATH
-_TIMEOUT_S: Final = 10.0
 
 
 class Plane(NamedTuple):
-    """Where it is and how to get in. `url` empty: where the configuration has it."""
+    """Of one running service."""
 
     url: str
     key: str
-    config_path: Path
 
-    def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """GET, or POST if there is a body. Ends the command with a sentence when it is not answered."""
-        url = self.url or _configured(self.config_path)
-        if not url.startswith(("http://", "https://")):
+    def ask(self, path: str, method: str = "GET", body: dict[str, Any] | None = None) -> Any:
+        """Its JSON answer. Ends the command with a sentence when there is none, or a refusal."""
+        if not self.url.startswith(("http://", "https://")):
             fail("--url must begin with http:// or https://.")
-        headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
+        headers = {"content-type": "application/json"}
+        if self.key:
+            headers["authorization"] = f"Bearer {self.key}"
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{url.rstrip('/')}{path}", data, headers)  # noqa: S310 - checked above
+        request = urllib.request.Request(self.url.rstrip("/") + path, data, headers, method=method)  # noqa: S310 - checked above
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310 - the scheme is checked above
-                told = json.loads(answer.read())
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310 - checked above
+                return json.loads(answer.read())
         except urllib.error.HTTPError as error:
             with error:
                 fail(_reason(error))
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             fail(
-                f"Nothing that speaks for Headgate answers at {url} ({reason}). Is it running? --url says where."
+                f"Nothing that speaks for Headgate answers at {self.url} ({reason}). Is it running? --url says where."
             )
-        if not isinstance(told, dict):
-            fail(f"What answers at {url} is not a management plane of Headgate.")
-        return told
+
+    def __repr__(self) -> str:
+        return f"Plane({self.url!r})"
+
+
+def find_plane(url: str, key: str, config: Path = DEFAULT_PATH) -> Plane:
+    """The one that is named, else where the configuration has it."""
+    return Plane(url or _configured(config), key)
 
 
 def _configured(path: Path) -> str:

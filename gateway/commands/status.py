@@ -1,13 +1,15 @@
 """`headgate status`: what the running service says of itself, asked for on the management plane."""
 
 import json
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
+import typer
 from rich.console import Console
 
-from gateway.commands.plane import DEFAULT_CONFIG, ConfigOption, JsonOption, KeyOption, Plane, UrlOption
+from gateway.commands.plane import OperatorOption, ServiceOption, UrlOption, find_plane
 from gateway.commands.storage import fail
 from gateway.commands.tables import Column, print_table
+from gateway.config import DEFAULT_PATH
 
 _ENDPOINTS: Final = (
     Column("Endpoint"),
@@ -22,15 +24,16 @@ _ENDPOINTS: Final = (
 
 def status(
     url: UrlOption = "",
-    key: KeyOption = "",
-    config_path: ConfigOption = DEFAULT_CONFIG,
+    key: OperatorOption = "",
+    config_path: ServiceOption = DEFAULT_PATH,
     *,
-    as_json: JsonOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Workers, endpoints and their health, as the running service sees them."""
-    told = Plane(url, key, config_path).ask("/api/status")
-    if "workers" not in told:
-        fail("What answers there is not a management plane of Headgate.")
+    plane = find_plane(url, key, config_path)
+    told = plane.ask("/api/status")
+    if not isinstance(told, dict) or "workers" not in told:
+        fail(f"What answers at {plane.url} is not a management plane of Headgate.")
     if as_json:
         print(json.dumps(told, indent=2))
         return
