@@ -163,6 +163,21 @@ def _fixed_head(endpoint: Endpoint, path: str) -> bytes:
     return "\r\n".join([*lines, ""]).encode()
 
 
+def head_beside(endpoint: Endpoint, method: str, path: str, body_bytes: int = 0) -> bytes:
+    """A request head for a page beside the API: `path` goes in the place of its `/v1`. Nothing of a client's."""
+    lines = [
+        f"{method} {endpoint.base_path.removesuffix('/v1')}{path} HTTP/1.1",
+        f"host: {endpoint.connections.origin.authority}",
+        f"user-agent: {USER_AGENT}",
+        "accept: */*",
+        "accept-encoding: identity",
+        *credentials(endpoint),
+    ]
+    if body_bytes:
+        lines += ["content-type: application/json", f"content-length: {body_bytes}"]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
 def credentials(endpoint: Endpoint) -> list[str]:
     """The header lines that say who we are; none for an upstream without keys."""
     auth = endpoint.provider.auth

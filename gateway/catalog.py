@@ -16,8 +16,10 @@ from backends.placement_config import PlacementConfig
 from backends.pool import Endpoint, Pool
 from backends.prefill_config import PrefillConfig
 from backends.transport import ConnectionPool, Origin
+from gateway.cache_watch import CacheWatch
 from gateway.config import Config, TargetConfig
 from policies import price_catalogue
+from policies.placement.block_index import BlockIndex
 from policies.placement.placer import Placer
 from policies.placement.prefill import Prefillers
 from policies.placement.registry import placer
@@ -103,7 +105,9 @@ class Upstreams:
 class Placers:
     """What remembers where the sessions of each pool's models are. One per worker, for its whole life."""
 
-    def __init__(self) -> None:
+    def __init__(self, caches: CacheWatch | None = None) -> None:
+        """`caches`: what is known of the engines' caches, where pools follow it."""
+        self._caches = caches
         self._placers: dict[tuple[str, str], tuple[PlacementConfig, Placer]] = {}
         self._prefillers: dict[tuple[str, str], tuple[PlacementConfig, Placer]] = {}
 
@@ -113,8 +117,14 @@ class Placers:
             return None
         known = self._placers.get((pool.name, upstream_model))
         if known is None or known[0] != settings:
-            known = self._placers[pool.name, upstream_model] = (settings, placer(settings))
+            known = self._placers[pool.name, upstream_model] = (
+                settings,
+                placer(settings, self.blocks(pool)),
+            )
         return known[1]
+
+    def blocks(self, pool: Pool) -> BlockIndex | None:
+        return None if self._caches is None else self._caches.index(pool.name)
 
     def prefillers(
         self, pool: Pool, settings: PlacementConfig, prefill: PrefillConfig, upstream_model: str
@@ -198,6 +208,7 @@ class CatalogBuilder:
             built.prefillers = self._placers.prefillers(
                 pool, settings.placement, settings.prefill, upstream_model
             )
+        built.blocks = self._placers.blocks(pool) if built.placer is not None else None
         if target.deadlines is not None:
             built.deadlines = target.deadlines.over(pool.endpoints[0].deadlines)
         return built

@@ -5,7 +5,7 @@ is gone stays in the sum. Gauges are summed over living workers only. Refuses to
 for the two that are derived here (dollars from nano-dollars, and the share of spend that is known).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Final
 
@@ -209,6 +209,10 @@ class Page:
         )
         Gauge("headgate_build_info", "Always 1.", ["version"], registry=self._registry).labels(version).set(1)
         self._registry.register(self.totals)
+
+    def counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
+        """One more, of whoever counts in the parent."""
+        return Counter(name, text, labels, registry=self._registry)
 
     def set_budgets(self, drift_nanousd: int, corrections: int, checked_time: float) -> None:
         self._drift.set(drift_nanousd)

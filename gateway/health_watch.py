@@ -15,7 +15,7 @@ from backends.config import PoolSettings
 from backends.health_config import HealthConfig, ProbeName, ScrapeName
 from backends.pool import Pool
 from backends.provider import Provider
-from gateway.control import EndpointState, Membership, OfEndpoint, Probed, Scraped, Told
+from gateway.control import EndpointState, Membership, OfHealth, Probed, Scraped, Told
 from policies.health.book import HealthBook
 from policies.health.endpoint import EndpointHealth
 from policies.health.settings import HealthSettings
@@ -61,7 +61,7 @@ class HealthWatch:
         if self._timer is not None:
             self._timer.cancel()
 
-    def hear(self, word: OfEndpoint) -> None:
+    def hear(self, word: OfHealth) -> None:
         """A word from the parent. One of an endpoint that a reload has taken away is late, and dropped."""
         health = self.book.find(word.endpoint)
         if health is None:

@@ -30,6 +30,7 @@ from gateway.first_start import Addresses, FirstKeys, keys_text, make_first_keys
 from gateway.fleet import Fleet, FleetSettings, WorkerError
 from gateway.intents import recover_orphans
 from gateway.keys import Keyring, load_pepper
+from gateway.kv_feeds import KvFeeds
 from gateway.logs import start_logging, watch_loop
 from gateway.management.app import Plane
 from gateway.node import Node
@@ -189,7 +190,12 @@ class Server:
         settings = FleetSettings(
             workers=self._worker_count(), hang_timeout_s=self._config.server.hang_timeout_s
         )
-        self._patrol = Patrol(self._tell_workers, self._page.probes, self._engines.wanted)
+        self._patrol = Patrol(
+            self._tell_workers,
+            self._page.probes,
+            KvFeeds(self._tell_workers, self._page.counter),
+            self._engines.wanted,
+        )
         self._fleet = Fleet(listener, settings, self._page, self._recover, self._patrol)
         self._switchboard.connect(self._fleet, self._patrol)
         ending.push_async_callback(self._patrol.stop)

@@ -16,6 +16,7 @@ from backends.json_object import JsonObject
 from backends.usage import Usage
 from policies.health.endpoint import Attempt
 from policies.placement.ask import Ask
+from policies.placement.conversations import Known
 from policies.placement.hold import Hold
 from policies.placement.priority import DEFAULT
 from policies.waste import Waste
@@ -107,6 +108,7 @@ class Exchange(msgspec.Struct):
     # place
     ask: Ask | None = None
     ask_target: "Target | None" = None  # whose ask it is: pools count tokens and salt caches differently
+    known: Known | None = None  # the prompt in tokens, where a pool's caches are known by them
     session_state: str = "none"  # kept | moved | new | none
     place_reason: str = ""  # why it went where it was sent (policies.placement.placer.Reason)
     predicted_cached_tokens: int | None = None  # None: nothing was predicted

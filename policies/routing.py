@@ -13,6 +13,7 @@ from backends.dialect import Dialect
 from backends.load import EndpointLoad
 from backends.pool import Endpoint, Pool
 from backends.transport import Deadlines
+from policies.placement.block_index import BlockIndex
 from policies.placement.placer import Placer
 from policies.prices import Price
 
@@ -27,11 +28,12 @@ _MAX_GROUPINGS: Final = 256
 class Target:
     """A pool, the upstream's name for the model, what it costs there, and how its endpoint is chosen.
 
-    `placer` is None where there is nothing to choose: the pool has one endpoint. `prefillers` is nearly always None: who
-    answers computes the prompt.
+    `placer` is None where there is nothing to choose: the pool has one endpoint. `blocks` is what its engines hold, where
+    they tell. `prefillers` is nearly always None: who answers computes the prompt.
     """
 
     __slots__ = (
+        "blocks",
         "deadlines",
         "model_json",
         "name",
@@ -46,6 +48,7 @@ class Target:
         self, name: str, pool: Pool, upstream_model: str, price: Price, placer: Placer | None = None
     ) -> None:
         self.name = name
+        self.blocks: BlockIndex | None = None
         self.pool = pool
         self.upstream_model = upstream_model
         self.model_json = msgspec.json.encode(upstream_model)  # as it stands in a request
@@ -85,7 +88,7 @@ class Model:
     `routing` is what the configuration says of it beyond them; it names other models, so it is set when all are there.
     """
 
-    __slots__ = ("_groups", "created_time", "name", "owner", "routing", "targets")
+    __slots__ = ("_groups", "created_time", "is_indexed", "name", "owner", "routing", "targets")
 
     def __init__(
         self, name: str, targets: tuple[Target, ...], owner: str = "headgate", created_time: int = 0
@@ -95,6 +98,7 @@ class Model:
         self.owner = owner
         self.created_time = created_time
         self.routing: ModelRouting | None = None
+        self.is_indexed = any(target.blocks is not None for target in targets)
         self._groups: dict[tuple[str, tuple[Target, ...] | None], tuple[Group, ...]] = {}
 
     def groups(self, dialect: Dialect, targets: tuple[Target, ...] | None = None) -> tuple[Group, ...]:

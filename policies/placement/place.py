@@ -89,6 +89,9 @@ def ask_of(exchange: Exchange, target: Target) -> Ask:
     assert placer is not None  # where there is nothing to choose, nothing is asked
     ask = exchange.ask = Ask(exchange.session_hash, prompt_bytes=exchange.body_bytes)
     ask.prompt_tokens = int(exchange.body_bytes / placer.bytes_per_token)
+    known = exchange.known
+    if known is not None and known.pool == target.pool.name:
+        ask.known, ask.prompt_tokens = known, known.chain.tokens
     caller, document = exchange.caller, exchange.document
     if not exchange.is_affine or document is None or caller is None:
         return ask
