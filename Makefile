@@ -6,13 +6,20 @@ BIN := $(VENV)/bin
 CONFIG ?= config.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-engine check lint format bench bench-quick bench-routing lock clean
+.PHONY: help run run-vllm engine-cpu test test-engine check lint format bench bench-quick bench-routing lock clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(VENV)/.base ## Install what is locked and serve on 127.0.0.1:8080 with config.yaml
 	@$(BIN)/headgate serve --config $(CONFIG)
+
+run-vllm: $(VENV)/.base ## Serve MODEL (a repository or a folder) with the vLLM that is installed, through a pool
+	@test -n "$(MODEL)" || { echo "which one? make run-vllm MODEL=Qwen/Qwen3-0.6B" >&2; exit 1; }
+	@$(BIN)/headgate engine run $(MODEL)
+
+engine-cpu: ## Install vLLM for the CPU into .venv-engine (2.5 GB, once; Linux on x86-64)
+	@tests/engine/setup
 
 test: $(VENV)/.dev ## Install what the tests need and run them all (under five minutes)
 	@tests/setup

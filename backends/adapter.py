@@ -24,10 +24,14 @@ class _StreamOptions(msgspec.Struct):
 
 
 class Edits(msgspec.Struct, frozen=True):
-    """What a rule changes in a body: top-level members left out, and members set, each as JSON text (`"top_p":1`)."""
+    """What is changed in a body: top-level members left out, and members set, each as JSON text (`"top_p":1`).
+
+    `reserved` are set, too, and they are what no rule and no client may say to this upstream.
+    """
 
     drops: frozenset[str]
     sets: Mapping[str, bytes]
+    reserved: Mapping[str, bytes] = {}
 
 
 class Encoded(msgspec.Struct, frozen=True):
@@ -57,6 +61,7 @@ def encode(
     wants_usage = is_stream and dialect.usage_on_request and provider.may_ask_usage
     if edits is not None:
         sets = {name: member for name, member in edits.sets.items() if name not in provider.drops}
+        sets |= edits.reserved
         return _edited(document, upstream_model, provider.drops | edits.drops, sets, wants_usage=wants_usage)
     if not wants_usage and bytes(values["model"]) == upstream_model and provider.drops.isdisjoint(values):
         return Encoded(document.body, strips_usage=False)
@@ -156,6 +161,21 @@ def _fixed_head(endpoint: Endpoint, path: str) -> bytes:
     if endpoint.rank is not None:
         lines.append(f"x-data-parallel-rank: {endpoint.rank}")  # vLLM; each rank has a cache of its own
     return "\r\n".join([*lines, ""]).encode()
+
+
+def head_beside(endpoint: Endpoint, method: str, path: str, body_bytes: int = 0) -> bytes:
+    """A request head for a page beside the API: `path` goes in the place of its `/v1`. Nothing of a client's."""
+    lines = [
+        f"{method} {endpoint.base_path.removesuffix('/v1')}{path} HTTP/1.1",
+        f"host: {endpoint.connections.origin.authority}",
+        f"user-agent: {USER_AGENT}",
+        "accept: */*",
+        "accept-encoding: identity",
+        *credentials(endpoint),
+    ]
+    if body_bytes:
+        lines += ["content-type: application/json", f"content-length: {body_bytes}"]
+    return "\r\n".join([*lines, "", ""]).encode()
 
 
 def credentials(endpoint: Endpoint) -> list[str]:

@@ -28,9 +28,10 @@ from pydantic import (
 
 from backends.dialect import DIALECTS
 from backends.health_config import HealthConfig
-from backends.member import Member
+from backends.member import Member, Role
 from backends.origin import Origin, Proxy
 from backends.placement_config import PlacementConfig
+from backends.prefill_config import PrefillConfig
 from backends.provider import Auth, Provider
 from backends.registry import KNOWN
 from backends.transport import Deadlines
@@ -231,7 +232,7 @@ class UpstreamConfig(Section):
             prices=prices,
             auth=record.auth if self.auth is None else self.auth,
             paths=record.paths if self.paths is None else self.paths,
-            drops=record.drops if self.drops is None else frozenset(self.drops),
+            drops=record.reserved | (record.drops if self.drops is None else frozenset(self.drops)),
             forwards=record.forwards if self.forwards is None else frozenset(self.forwards),
             may_ask_usage=record.may_ask_usage if self.may_ask_usage is None else self.may_ask_usage,
             headers={**record.headers, **own_headers},
@@ -329,6 +330,11 @@ class PoolConfig(UpstreamConfig):
     """Base URLs, one for each engine (or data-parallel rank)."""
     weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """What each endpoint gets relative to the others, in the same order; none: all the same."""
+    roles: tuple[Role, ...] = ()
+    """What each endpoint is for, in the same order: `prefill` (computes prompts), `decode` (answers), `both` (answers; prompts may be
+    computed elsewhere); none: all are `both`, and nothing is computed apart."""
+    prefill: PrefillConfig = PrefillConfig()
+    """When a prompt is computed by another engine than the one that answers."""
     data_parallel_ranks: int = Field(default=1, ge=1, le=1024)
     """Ranks behind each address (vLLM's internal or hybrid balancing). Each has a cache of its own, so each is an
     endpoint of its own, named to vLLM by the header `X-data-parallel-rank`."""
@@ -353,6 +359,10 @@ class PoolConfig(UpstreamConfig):
         engines = len(self.endpoints) if self.simulator is None else self.simulator.replicas
         if self.weights and len(self.weights) != engines:
             raise ValueError("weights: must be as many as endpoints")
+        if self.roles and len(self.roles) != len(self.endpoints):
+            raise ValueError("roles: must be as many as endpoints")
+        if self.roles and set(self.roles) == {"prefill"}:
+            raise ValueError("roles: nobody answers; give at least one endpoint the role decode")
         return self
 
     def resolve(self, name: str, outbound: OutboundConfig) -> "PoolSettings":
@@ -373,6 +383,8 @@ class PoolConfig(UpstreamConfig):
             more_api_keys=self._more_keys(),
             health=self.health,
             weights=self.weights,
+            roles=self.roles,
+            prefill=self.prefill,
             ranks=self.data_parallel_ranks,
             is_salted=self.vllm is not None if self.cache_salt is None else self.cache_salt,
             members=() if self.vllm is None else _not_running(name, self.vllm),
@@ -402,6 +414,8 @@ class PoolSettings:
     health: HealthConfig = field(default_factory=HealthConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     weights: tuple[float, ...] = ()  # by place in base_urls; empty: all the same
+    roles: tuple[Role, ...] = ()  # by place in base_urls; empty: all `both`
+    prefill: PrefillConfig = field(default_factory=PrefillConfig)
     ranks: int = 1  # data-parallel ranks behind each address
     is_salted: bool = False
     members: tuple[Member, ...] = ()  # instead of base_urls, where somebody else says who they are
@@ -418,6 +432,7 @@ class PoolSettings:
                 base_url=url,
                 rank=rank if self.ranks > 1 else None,
                 weight=self.weights[number // self.ranks] if self.weights else 1.0,
+                role=self.roles[number // self.ranks] if self.roles else "both",
             )
             for number, (url, rank) in enumerate(addresses)
         )

@@ -33,8 +33,36 @@ class EngineLoad(NamedTuple):
         )
 
 
+class EngineTotals(NamedTuple):
+    """What one engine has done since its start. Tokens of prompts looked for in its prefix cache, and found there."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    queried_tokens: int = 0
+    hit_tokens: int = 0
+    finished: int = 0  # requests
+
+    def __add__(self, other: object) -> "EngineTotals":
+        if not isinstance(other, EngineTotals):
+            return NotImplemented
+        return EngineTotals(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+    @property
+    def computed_tokens(self) -> int:
+        """Of prompts."""
+        return self.prompt_tokens - self.hit_tokens
+
+
 _MOST: Final = 1e9
+_MOST_TOTAL: Final = 1e18
 _NOTHING: Final = EngineLoad(0, 0, 0.0)
+_TOTALS: Final = (
+    b"prompt_tokens_total",
+    b"generation_tokens_total",
+    b"prefix_cache_queries_total",
+    b"prefix_cache_hits_total",
+    b"request_success_total",
+)
 
 
 class _ServerLoad(msgspec.Struct):
@@ -57,7 +85,16 @@ def read_metrics(page: bytes) -> dict[int, EngineLoad]:
     return loads
 
 
-def _samples(page: bytes, name: bytes) -> Iterator[tuple[int, float]]:
+def read_totals(page: bytes) -> dict[int, EngineTotals]:
+    """By the `engine` label, like `read_metrics`."""
+    totals: dict[int, list[int]] = {}
+    for place, name in enumerate(_TOTALS):
+        for engine, value in _samples(page, name, _MOST_TOTAL):
+            totals.setdefault(engine, [0] * len(_TOTALS))[place] += int(value)
+    return {engine: EngineTotals(*values) for engine, values in totals.items()}
+
+
+def _samples(page: bytes, name: bytes, most: float = _MOST) -> Iterator[tuple[int, float]]:
     start = b"vllm:" + name + b"{"
     at = page.find(start)
     while at >= 0:
@@ -66,7 +103,7 @@ def _samples(page: bytes, name: bytes) -> Iterator[tuple[int, float]]:
         if sample is not None:
             engine = _ENGINE.search(sample[1])
             with contextlib.suppress(ValueError):
-                yield int(engine[1]) if engine else 0, min(float(sample[2]), _MOST)
+                yield int(engine[1]) if engine else 0, min(float(sample[2]), most)
         at = page.find(start, at)
 
 

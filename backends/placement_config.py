@@ -3,9 +3,10 @@
 Names the policies; what they do is in `policies.placement`.
 """
 
+from importlib.util import find_spec
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from local_engine.config import Section
 
@@ -30,7 +31,18 @@ class PlacementConfig(Section):
     """Sessions whose last endpoint a worker remembers, for each model, to tell whether they were kept."""
     remembered_prefixes: int = Field(default=16_384, ge=16)
     """`prefix`: beginnings of prompts that a worker remembers, for each endpoint and model."""
+    kv_events: bool = False
+    """`prefix`: follow the engines' KV events, so that what their caches hold is known and not guessed. Each prompt is then
+    turned to tokens by an engine before it is placed (docs/engine.md). Needs `pip install 'headgate[kv-events]'`."""
     max_in_flight: int = Field(default=0, ge=0)
     """Requests that make an endpoint full, from all workers together; 0: no limit."""
     max_waiting: int = Field(default=5, ge=0)
     """Requests in the engine's own queue that make it full, where that is known; 0: not looked at."""
+
+    @model_validator(mode="after")
+    def _can_follow(self) -> "PlacementConfig":
+        if self.kv_events and self.policy != "prefix":
+            raise ValueError("kv_events is for the policy prefix; the others do not look at caches")
+        if self.kv_events and find_spec("zmq") is None:
+            raise ValueError("kv_events needs pyzmq: pip install 'headgate[kv-events]'")
+        return self

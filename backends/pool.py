@@ -83,11 +83,27 @@ class Endpoint(EndpointLoad):
 
 
 class Pool:
-    """Endpoints that serve the same models. `is_salted`: no tenant's prefix cache is another's."""
+    """Endpoints that serve the same models. `is_salted`: no tenant's prefix cache is another's.
 
-    __slots__ = ("endpoints", "is_salted", "name")
+    `prefillers` compute prompts for `endpoints`, and answer nobody themselves; nearly always there are none.
+    """
 
-    def __init__(self, name: str, endpoints: tuple[Endpoint, ...], *, is_salted: bool = False) -> None:
+    __slots__ = ("endpoints", "is_salted", "name", "prefillers")
+
+    def __init__(
+        self,
+        name: str,
+        endpoints: tuple[Endpoint, ...],
+        *,
+        is_salted: bool = False,
+        prefillers: tuple[Endpoint, ...] = (),
+    ) -> None:
         self.name = name
         self.endpoints = endpoints
         self.is_salted = is_salted
+        self.prefillers = prefillers
+
+    @property
+    def members(self) -> tuple[Endpoint, ...]:
+        """All of them, whatever they are for."""
+        return (*self.prefillers, *self.endpoints)

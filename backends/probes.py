@@ -5,12 +5,13 @@ here, never an exception; nothing a probe gets is larger than its limit.
 """
 
 import time
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from backends.adapter import USER_AGENT, credentials, head
-from backends.engine_load import EngineLoad, read_load, read_metrics
+from backends.adapter import head, head_beside
+from backends.engine_load import EngineLoad, EngineTotals, read_load, read_metrics, read_totals
 from backends.errors import LOAD_STATUSES, UpstreamError
 from backends.pool import Endpoint
 from backends.transport import Deadlines
@@ -54,26 +55,25 @@ async def generate(endpoint: Endpoint, model: str, timeout_s: float) -> Probe:
 
 async def look(endpoint: Endpoint, path: str, timeout_s: float) -> Probe:
     """GET of a page beside the API. Good is 200."""
-    lines = [
-        f"GET {endpoint.base_path.removesuffix('/v1')}{path} HTTP/1.1",
-        f"host: {endpoint.connections.origin.authority}",
-        f"user-agent: {USER_AGENT}",
-        "accept: */*",
-        "accept-encoding: identity",
-        *credentials(endpoint),
-    ]
-    return await _ask(endpoint, "\r\n".join([*lines, "", ""]).encode(), timeout_s, _PAGE_BYTES)
+    return await _ask(endpoint, head_beside(endpoint, "GET", path), timeout_s, _PAGE_BYTES)
 
 
-async def load(endpoint: Endpoint, path: str, timeout_s: float) -> tuple[Probe, dict[int, EngineLoad]]:
-    """The load behind an address by engine, from its metrics or from `/load`; empty if the page does not have it."""
+class Loads(NamedTuple):
+    """What is behind an address by engine (the label of its metrics); empty if the page does not have it."""
+
+    now: Mapping[int, EngineLoad] = {}
+    totals: Mapping[int, EngineTotals] = {}
+
+
+async def load(endpoint: Endpoint, path: str, timeout_s: float) -> tuple[Probe, Loads]:
+    """From the metrics page or from `/load`."""
     probe = await look(endpoint, path, timeout_s)
     if not probe.is_ok:
-        return probe, {}
+        return probe, Loads()
     if path == "/load":
         told = read_load(probe.body)
-        return probe, {} if told is None else {0: told}
-    return probe, read_metrics(probe.body)
+        return probe, Loads() if told is None else Loads({0: told})
+    return probe, Loads(read_metrics(probe.body), read_totals(probe.body))
 
 
 async def _ask(endpoint: Endpoint, request: bytes, timeout_s: float, limit_bytes: int) -> Probe:

@@ -31,7 +31,8 @@ class Provider:
 
     `key_env` and `base_url_env` are the environment variables its own SDK reads; with the key set, the provider
     is enabled by itself. `prices` is its id in genai-prices (None: no public prices). `drops` are top-level
-    request fields it answers with 400. `forwards` are client headers it may see, lower case; anything else of
+    request fields it answers with 400; `reserved` are those that only the gateway may say to it, and whatever is dropped,
+    a client's are. `forwards` are client headers it may see, lower case; anything else of
     the client's never leaves the gateway.
     """
 
@@ -44,6 +45,7 @@ class Provider:
     prices: str | None = None
     may_ask_usage: bool = True  # understands stream_options.include_usage
     drops: frozenset[str] = frozenset()
+    reserved: frozenset[str] = frozenset()
     forwards: frozenset[str] = frozenset()
     headers: Mapping[str, str] = field(
         default_factory=dict

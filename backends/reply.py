@@ -7,6 +7,7 @@ its end once and nothing after it; a sink that fails costs only its own answer.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from backends.errors import UpstreamError
@@ -44,6 +45,7 @@ class Reply:
         "_held_bytes",
         "_is_ended",
         "_is_paused",
+        "_news",
         "_sink",
         "headers",
         "status",
@@ -59,6 +61,7 @@ class Reply:
         self._is_paused = False
         self._is_ended = False
         self._error: UpstreamError | None = None
+        self._news: asyncio.Future[None] | None = None  # somebody waits for more, or for the end
 
     def header(self, name: bytes) -> bytes | None:
         """The value under a lower-case name."""
@@ -85,6 +88,18 @@ class Reply:
         if whole.error is not None:
             raise whole.error
         return b"".join(whole.pieces)
+
+    async def first(self, is_enough: Callable[[bytes], bool]) -> bytes:
+        """The beginning of the body, as soon as there is enough of it or no more will come; it stays to be read or relayed."""
+        while True:
+            data = b"".join(self._held)
+            if self._is_ended or is_enough(data):
+                return data
+            self._news = asyncio.get_running_loop().create_future()
+            try:
+                await self._news
+            finally:
+                self._news = None
 
     def relay(self, sink: Sink) -> None:
         """Pushes what has arrived to `sink` before it returns, and from then on whatever comes."""
@@ -128,14 +143,21 @@ class Reply:
         self._held_bytes += len(data)
         if self._held_bytes > READ_AHEAD_BYTES and self._connection is not None:
             self._connection.pause_reading()
+        if self._news is not None:
+            self._tell_news()
 
     def end(self, error: UpstreamError | None) -> None:
         """Nothing more will come, and the connection is no longer this reply's."""
         self._connection = None
         self._is_ended = True
         self._error = error
+        self._tell_news()
         if self._sink is not None and not self._held:
             self._tell_end(self._sink)
+
+    def _tell_news(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
 
     def _flush(self) -> None:
         """Delivers what is held, read by read; the sink may pause or close in the middle of it."""

@@ -6,6 +6,7 @@ socket opened is counted until it is closed; `send` either returns a Reply or le
 """
 
 import asyncio
+from collections.abc import Callable
 
 from backends.connection import Connection, Deadlines
 from backends.dialing import dial
@@ -68,10 +69,17 @@ class ConnectionPool:
     def idle_connections(self) -> int:
         return len(self._idle)
 
-    async def send(self, head: bytes, body: bytes, deadlines: Deadlines) -> Reply:
+    async def send(
+        self,
+        head: bytes,
+        body: bytes,
+        deadlines: Deadlines,
+        on_dispatch: Callable[[], None] | None = None,
+    ) -> Reply:
         """Sends a request; returns when the head of its final answer is there.
 
-        `head` is the whole request head with its blank line, in origin form. UpstreamError if there is no answer.
+        `head` is the whole request head with its blank line, in origin form. `on_dispatch` hears when its first byte
+        is written: until then the upstream knows nothing of it. UpstreamError if there is no answer.
         Cancelled, it closes the connection at once. When the body of the reply has ended, its connection returns
         to the pool by itself.
         """
@@ -82,6 +90,8 @@ class ConnectionPool:
         if self._asks_proxy:
             head = self._in_absolute_form(head)
         if connection is not None:
+            if on_dispatch is not None:
+                on_dispatch()
             try:
                 reply = await connection.exchange(head, body, deadlines, total_at)
                 return self._checked(reply) if self._asks_proxy else reply
@@ -96,6 +106,8 @@ class ConnectionPool:
             # curl, with the limit: what is lost otherwise is a client's request on every restart of an engine, what
             # is risked is the prefill of an answer that nobody was going to get.
         connection = await self._connect(loop, min(deadlines.connect_s, max(0.0, total_at - loop.time())))
+        if on_dispatch is not None:
+            on_dispatch()
         reply = await connection.exchange(head, body, deadlines, total_at)
         return self._checked(reply) if self._asks_proxy else reply
 

@@ -16,9 +16,10 @@ from typing import Final
 
 from gateway.alerts import Alerts
 from gateway.answer_storage import open_answers
+from gateway.cache_watch import CacheWatch
 from gateway.catalog import CatalogBuilder, Placers, Upstreams
 from gateway.config import Config
-from gateway.control import OfEndpoint, Told
+from gateway.control import BlocksHeld, OfEndpoint, Told
 from gateway.end_user import EndUsers
 from gateway.endpoints.context import Context, new_request_id
 from gateway.errors import edge_answer
@@ -35,8 +36,10 @@ from gateway.logs import AccessLog
 from gateway.overflow.worker_queue import Surroundings, WorkerQueue
 from gateway.pinning import Pinning
 from gateway.pipeline import Parts, Pipeline
-from gateway.placement_metrics import watch_placement
+from gateway.placement_metrics import watch_caches, watch_placement
 from gateway.placing import Placing
+from gateway.prefilling import watch_prefills
+from gateway.prompt_tokens import PromptTokens
 from gateway.route_builder import rules_of
 from gateway.routes import UPLOAD_PATHS, route
 from gateway.runtime import Runtime
@@ -73,7 +76,9 @@ class App:
         self._telemetry = telemetry
         self._prices = PriceBook()
         self._upstreams = Upstreams(_workers(config))
-        self._placers = Placers()
+        self._caches = CacheWatch()
+        self._placers = Placers(self._caches)
+        self._prompt_tokens = PromptTokens()
         self._health = HealthWatch()
         self._room = WaitingRoom(config.overload.classes())
         self._waking = Waking()
@@ -109,6 +114,7 @@ class App:
             self._idempotency,
             self._leases,
             pinning,
+            self._prompt_tokens,
             Placing(self._room, spill.park if spill is not None else None, want=self._waking.want),
             self._sending,
             self._shadowing,
@@ -133,7 +139,10 @@ class App:
         self._waking.attach(tell)
 
     def hear(self, word: OfEndpoint) -> None:
-        self._health.hear(word)
+        if isinstance(word, BlocksHeld):
+            self._caches.hear(word)
+        else:
+            self._health.hear(word)
 
     def in_flight(self, endpoints: list[str]) -> int:
         return self._upstreams.in_flight(endpoints)
@@ -175,6 +184,7 @@ class App:
         if queue is not None:
             await queue.drain(max(0.0, until_at - self._loop.time()))
         await self._shadowing.stop()
+        await self._sending.prefilling.stop()
         await self._settler.idle()
         return left
 
@@ -249,6 +259,7 @@ class App:
     def _build(self, config: Config) -> Runtime:
         settings = [*config.enabled_pools().values(), *config.enabled_providers().values()]
         pools = self._upstreams.pools(settings)
+        self._caches.declare({pool.name: pools[pool.name] for pool in settings if pool.placement.kv_events})
         builder = CatalogBuilder(config, pools, self._prices, int(time.time()), self._placers)
         classes = config.overload.classes()
         catalog = builder.catalog()
@@ -321,7 +332,9 @@ class App:
             "endpoint",
         )
         watch_health(self._telemetry, self._health, self._sending.counts, self._settler.wasted_nanousd)
+        watch_prefills(self._telemetry, self._sending.prefilling.counts)
         watch_placement(self._telemetry, self._settler.locality, self._room, self._upstreams.endpoints)
+        watch_caches(self._telemetry, self._settler.locality, self._prompt_tokens.counts, self._caches.held)
         watch(
             "headgate_upstream_connections",
             "gauge",

@@ -14,10 +14,14 @@ from backends.health_config import HealthConfig
 from backends.member import Member
 from backends.placement_config import PlacementConfig
 from backends.pool import Endpoint, Pool
+from backends.prefill_config import PrefillConfig
 from backends.transport import ConnectionPool, Origin
+from gateway.cache_watch import CacheWatch
 from gateway.config import Config, TargetConfig
 from policies import price_catalogue
+from policies.placement.block_index import BlockIndex
 from policies.placement.placer import Placer
+from policies.placement.prefill import Prefillers
 from policies.placement.registry import placer
 from policies.prices import UNKNOWN, Price, PriceBook, PriceConfig
 from policies.routing import Catalog, Model, Target
@@ -42,7 +46,14 @@ class Upstreams:
         for pool in settings:
             # Another replica in the list changes nothing for this one, nor does how it is chosen.
             shared = replace(
-                pool, base_urls=(), weights=(), members=(), placement=PlacementConfig(), health=HealthConfig()
+                pool,
+                base_urls=(),
+                weights=(),
+                roles=(),
+                members=(),
+                placement=PlacementConfig(),
+                health=HealthConfig(),
+                prefill=PrefillConfig(),
             )
             members = pool.all_members()
             for member in members:
@@ -62,8 +73,13 @@ class Upstreams:
                 endpoint.max_waiting = pool.placement.max_waiting
                 endpoint.processes = self._processes
                 kept[key] = (shared, endpoint)
-            endpoints = tuple(kept[pool.name, member.base_url, member.rank][1] for member in members)
-            pools[pool.name] = Pool(pool.name, endpoints, is_salted=pool.is_salted)
+            built = [(m.role, kept[pool.name, m.base_url, m.rank][1]) for m in members]
+            pools[pool.name] = Pool(
+                pool.name,
+                tuple(endpoint for role, endpoint in built if role != "prefill"),
+                is_salted=pool.is_salted,
+                prefillers=tuple(endpoint for role, endpoint in built if role == "prefill"),
+            )
         staying = {endpoint for _, endpoint in kept.values()}
         self._leaving = [
             endpoint
@@ -89,17 +105,38 @@ class Upstreams:
 class Placers:
     """What remembers where the sessions of each pool's models are. One per worker, for its whole life."""
 
-    def __init__(self) -> None:
+    def __init__(self, caches: CacheWatch | None = None) -> None:
+        """`caches`: what is known of the engines' caches, where pools follow it."""
+        self._caches = caches
         self._placers: dict[tuple[str, str], tuple[PlacementConfig, Placer]] = {}
+        self._prefillers: dict[tuple[str, str], tuple[PlacementConfig, Placer]] = {}
 
     def find(self, pool: Pool, settings: PlacementConfig, upstream_model: str) -> Placer | None:
         """None where there is no choice. Other settings make another, which remembers nothing."""
-        if len(pool.endpoints) < 2:
+        if len(pool.endpoints) < 2 and not pool.prefillers:
             return None
         known = self._placers.get((pool.name, upstream_model))
         if known is None or known[0] != settings:
-            known = self._placers[pool.name, upstream_model] = (settings, placer(settings))
+            known = self._placers[pool.name, upstream_model] = (
+                settings,
+                placer(settings, self.blocks(pool)),
+            )
         return known[1]
+
+    def blocks(self, pool: Pool) -> BlockIndex | None:
+        return None if self._caches is None else self._caches.index(pool.name)
+
+    def prefillers(
+        self, pool: Pool, settings: PlacementConfig, prefill: PrefillConfig, upstream_model: str
+    ) -> Prefillers | None:
+        """None where every prompt is computed where it is answered."""
+        if not pool.prefillers:
+            return None
+        by_prefix = settings.model_copy(update={"policy": "prefix"})
+        known = self._prefillers.get((pool.name, upstream_model))
+        if known is None or known[0] != by_prefix:
+            known = self._prefillers[pool.name, upstream_model] = (by_prefix, placer(by_prefix))
+        return Prefillers(pool.prefillers, known[1], prefill)
 
 
 def _endpoint(pool: PoolSettings, member: Member) -> Endpoint:
@@ -169,6 +206,12 @@ class CatalogBuilder:
             self._price(target.upstream, upstream_model, target.price or price),
             self._placers.find(pool, self._placement(target.upstream), upstream_model),
         )
+        settings = self._config.pools.get(target.upstream)
+        if settings is not None:
+            built.prefillers = self._placers.prefillers(
+                pool, settings.placement, settings.prefill, upstream_model
+            )
+        built.blocks = self._placers.blocks(pool) if built.placer is not None else None
         if target.deadlines is not None:
             built.deadlines = target.deadlines.over(pool.endpoints[0].deadlines)
         return built

@@ -158,13 +158,31 @@ class Wanted(msgspec.Struct, tag=True):
     pool: str
 
 
+class BlocksHeld(msgspec.Struct, tag=True):
+    """Parent to worker: blocks that an engine's cache now has or lacks, by the names of `backends.kv_blocks`.
+
+    The endpoint is named by its `hash_key`, which no reload gives to another. Names are 64-bit integers in the
+    machine's own order. `is_reset`: what was told of it before is void.
+    """
+
+    endpoint: bytes
+    added: bytes = b""
+    removed: bytes = b""
+    is_reset: bool = False
+    is_followed: bool = True
+    is_partial: bool = False
+    block_size: int = 0
+    adapters: list[str] = []
+
+
 class Drained(msgspec.Struct, tag=True):
     """Worker to parent, last: everything is settled and flushed. `cut` requests did not end by themselves."""
 
     cut: int = 0
 
 
-OfEndpoint = EndpointState | Probed | Scraped | Membership
+OfHealth = EndpointState | Probed | Scraped | Membership
+OfEndpoint = OfHealth | BlocksHeld
 Told = EndpointState | Wanted
 ToWorker = Configure | Reload | Drain | Report | CountInFlight | OfEndpoint
 ToParent = Ready | Failed | Reloaded | Heartbeat | Metrics | InFlight | Told | Drained

@@ -23,7 +23,7 @@ from gateway.placed import PlacedPool
 from local_engine.engine_process import EngineProcess, Launcher, leftovers
 from local_engine.engine_records import EngineRecords, TakenError
 from local_engine.free_ports import FreePorts
-from local_engine.gpus import discover, open_nvml
+from local_engine.gpus import this_machine
 from local_engine.orders import orders_of
 from local_engine.plan import EngineEndpoint, PlanError, ReplicaPlan, Site
 from local_engine.planning import run_directory
@@ -263,9 +263,7 @@ class Engines:
         specs = _specs(config)
         if not specs:
             return {}
-        site = Site(
-            discover(open_nvml(), os.environ), self._ports, run_directory(self._storage), api_key=self._key
-        )
+        site = Site(this_machine(os.environ), self._ports, run_directory(self._storage), api_key=self._key)
         return orders_of(specs, site)
 
     async def _scale(self) -> None:

@@ -5,9 +5,9 @@ is gone stays in the sum. Gauges are summed over living workers only. Refuses to
 for the two that are derived here (dollars from nano-dollars, and the share of spend that is known).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any, Final
+from typing import Final
 
 from prometheus_client import (
     CollectorRegistry,
@@ -25,6 +25,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from gateway.control import Samples, Snapshot
+from gateway.engine_metrics import EngineMetrics
 
 # Understood by every scraper; what `generate_latest` writes for our ASCII names is the same in all versions.
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -175,27 +176,7 @@ class Page:
             self.reloads.labels(result)
         for reason in ("crashed", "hung", "rotated"):
             self.worker_restarts.labels(reason)
-        self.engine_restarts = Counter(
-            "headgate_engine_restarts_total",
-            "Engine processes of pools that ended by themselves and were started again.",
-            ["child"],
-            registry=self._registry,
-        )
-        self.engine_failures = Counter(
-            "headgate_engine_failures_total",
-            "Engines that died, hung or did not start, by what the log says of the cause.",
-            ["engine", "kind", "cause"],
-            registry=self._registry,
-        )
-        self._engine_states = Gauge(
-            "headgate_engine_state",
-            "1 for the state that a supervised engine is in.",
-            ["engine", "state"],
-            registry=self._registry,
-        )
-        self._engine_wishes = Gauge(
-            "headgate_engines_wanted", "Engines that a pool should have.", ["pool"], registry=self._registry
-        )
+        self.engines = EngineMetrics(self._registry)
         self.probes = Counter(
             "headgate_probes_total",
             "Trials of endpoints that are out, by result: ok, bad.",
@@ -235,6 +216,10 @@ class Page:
         Gauge("headgate_build_info", "Always 1.", ["version"], registry=self._registry).labels(version).set(1)
         self._registry.register(self.totals)
 
+    def counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
+        """One more, of whoever counts in the parent."""
+        return Counter(name, text, labels, registry=self._registry)
+
     def set_budgets(self, drift_nanousd: int, corrections: int, checked_time: float) -> None:
         self._drift.set(drift_nanousd)
         self._corrections.set(corrections)
@@ -250,12 +235,3 @@ class Page:
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
-
-    def set_engines(self, pools: Sequence[Mapping[str, Any]]) -> None:
-        """As `Engines.view` has them."""
-        self._engine_states.clear()
-        self._engine_wishes.clear()
-        for pool in pools:
-            self._engine_wishes.labels(pool["pool"]).set(0 if pool["is_asleep"] else pool["wanted"])
-            for replica in pool["replicas"]:
-                self._engine_states.labels(replica["name"], replica["state"]).set(1)

@@ -15,7 +15,7 @@ from backends.config import PoolSettings
 from backends.health_config import HealthConfig, ProbeName, ScrapeName
 from backends.pool import Pool
 from backends.provider import Provider
-from gateway.control import EndpointState, Membership, OfEndpoint, Probed, Scraped, Told
+from gateway.control import EndpointState, Membership, OfHealth, Probed, Scraped, Told
 from policies.health.book import HealthBook
 from policies.health.endpoint import EndpointHealth
 from policies.health.settings import HealthSettings
@@ -43,8 +43,14 @@ class HealthWatch:
     def declare(self, pools: Mapping[str, Pool], settings: Iterable[PoolSettings]) -> None:
         """The pools of a configuration that now is in force."""
         self.book.declare(
-            (pool.name, health_settings(pool.health, pool.provider), pools[pool.name].endpoints)
+            (name, health_settings(pool.health, pool.provider), endpoints)
             for pool in settings
+            # Who only computes prompts is compared with others that do.
+            for name, endpoints in (
+                (pool.name, pools[pool.name].endpoints),
+                (f"{pool.name} prefill", pools[pool.name].prefillers),
+            )
+            if endpoints
         )
         self._seen = {health: (health.state, health.out_at) for health in self.book.all()}
 
@@ -55,7 +61,7 @@ class HealthWatch:
         if self._timer is not None:
             self._timer.cancel()
 
-    def hear(self, word: OfEndpoint) -> None:
+    def hear(self, word: OfHealth) -> None:
         """A word from the parent. One of an endpoint that a reload has taken away is late, and dropped."""
         health = self.book.find(word.endpoint)
         if health is None:

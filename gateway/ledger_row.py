@@ -29,7 +29,8 @@ class LedgerRow(msgspec.Struct, array_like=True, frozen=True, gc=False):
     without a session. `failed_attempts` is a JSON array of `policies.waste.Waste`, `wasted_nanousd` what they may have cost us.
     `session_state` and `place_reason` say where the request went and why (`policies.placement.placer`), `waited_us` how
     long it waited for room; `predicted_cached_tokens` is to be held against `cache_read_tokens`, None where nothing was
-    predicted. `answer_id` is the upstream's name of an answer that a later request may continue.
+    predicted. `answer_id` is the upstream's name of an answer that a later request may continue. `prefill_endpoint`
+    computed the prompt, in `prefill_us`, where that was another than the one that answered.
     """
 
     request_id: str
@@ -80,6 +81,8 @@ class LedgerRow(msgspec.Struct, array_like=True, frozen=True, gc=False):
     waited_us: int = 0
     answer_id: str = ""
     node: str = ""  # empty: this one
+    prefill_endpoint: str = ""
+    prefill_us: int = 0
 
 
 COLUMNS: Final[tuple[str, ...]] = LedgerRow.__struct_fields__
@@ -144,6 +147,9 @@ def row_of(exchange: Exchange, *, worker: str) -> LedgerRow:
         exchange.predicted_cached_tokens,
         int(exchange.waited_s * 1e6),
         exchange.answer_id,
+        "",
+        exchange.prefilled_by,
+        exchange.prefill_us,
     )
 
 

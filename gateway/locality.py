@@ -14,6 +14,8 @@ class Locality:
         self.sessions: dict[str, int] = {"kept": 0, "moved": 0, "new": 0, "none": 0}
         self.reasons: dict[str, int] = {}
         self.moves: dict[str, int] = {}
+        # Requests for which something was predicted: from the engine's own word, or guessed.
+        self.predictions: dict[str, int] = {"exact": 0, "guessed": 0}
         # Of answered requests for which something was predicted, by endpoint.
         self.prompt_tokens: dict[str, int] = {}
         self.predicted_tokens: dict[str, int] = {}
@@ -28,6 +30,7 @@ class Locality:
         if predicted is None:
             return  # there was nothing to choose
         self.sessions[exchange.session_state] += 1
+        self.predictions["exact" if exchange.ask is not None and exchange.ask.is_exact else "guessed"] += 1
         if exchange.session_state == "moved":
             self.moves[reason] = self.moves.get(reason, 0) + 1
         usage, endpoint = exchange.usage, candidate.endpoint.name

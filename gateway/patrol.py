@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from prometheus_client import Counter
@@ -17,11 +17,13 @@ from prometheus_client import Counter
 from backends import probes
 from backends.config import PoolSettings
 from backends.engine_load import EngineLoad
+from backends.engine_rates import EngineHistory
 from backends.pool import Endpoint
 from gateway.catalog import Upstreams
 from gateway.config import Config
 from gateway.control import EndpointState, Membership, OfEndpoint, Probed, Scraped
 from gateway.health_watch import probe_of, scrape_of
+from gateway.kv_feeds import KvFeeds
 
 # A page that is older than so many rounds says nothing about now.
 _FRESH_ROUNDS: Final = 3
@@ -42,7 +44,8 @@ class _Beat:
         self.model = model  # to ask it for; empty: no model is served from it
         # By worker and place among the endpoints: who holds it for broken, why, and from when it may be tried.
         self.out: dict[tuple[str, int], tuple[str, float]] = {}
-        self.load: dict[int, EngineLoad] = {}
+        self.load: Mapping[int, EngineLoad] = {}
+        self.history = EngineHistory()
         self.scraped_at = 0.0
         self.last_probe = ""  # how it ended; "ok", or the reason
         self.probed_at = 0.0
@@ -56,9 +59,11 @@ class Patrol:
         self,
         tell: Callable[[OfEndpoint, str], None],
         probed: Counter,
+        feeds: KvFeeds,
         wake: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._tell = tell
+        self._feeds = feeds
         self._wake = wake
         self._probed = probed
         self._upstreams = Upstreams()
@@ -74,19 +79,27 @@ class Patrol:
         self._beats = []
         for pool in settings:
             model = _model_of(config, pool.name)
-            for members in _by_address(pools[pool.name].endpoints):
+            for members in _by_address(pools[pool.name].members):
                 beat = _Beat(pool, members, model)
                 old = known.get(id(members[0]))
                 if old is not None:
                     beat.out, beat.load, beat.scraped_at = old.out, old.load, old.scraped_at
+                    beat.history = old.history
                 self._beats.append(beat)
                 if _is_watched(pool):
                     beat.task = asyncio.create_task(self._walk(beat))
+        await self._feeds.apply(
+            endpoint
+            for pool in settings
+            if pool.placement.kv_events
+            for endpoint in pools[pool.name].endpoints
+        )
         for endpoint in before - {beat.endpoints[0] for beat in self._beats}:
             await endpoint.connections.close()
 
     async def stop(self) -> None:
         await self._stand_down()
+        await self._feeds.stop()
         await self._upstreams.close()
 
     def joined(self, worker: str) -> list[OfEndpoint]:
@@ -99,11 +112,15 @@ class Patrol:
             if beat.pool.members
             for endpoint in beat.endpoints
         ]
-        return members + [
-            EndpointState(beat.endpoints[place].name, "out", reason, max(0.0, due_at - now))
-            for beat in self._beats
-            for (_, place), (reason, due_at) in beat.out.items()
-        ]
+        return (
+            members
+            + [
+                EndpointState(beat.endpoints[place].name, "out", reason, max(0.0, due_at - now))
+                for beat in self._beats
+                for (_, place), (reason, due_at) in beat.out.items()
+            ]
+            + self._feeds.joined()
+        )
 
     def heard(self, worker: str, word: EndpointState) -> None:
         """What a worker thinks of an endpoint."""
@@ -130,14 +147,14 @@ class Patrol:
                         beat.out.clear()
         self._tell(Membership(name, is_open), "")
 
+    def endpoints_of(self, pool: str) -> list[Endpoint]:
+        """As this process sees them: with what was scraped of them, and nothing in flight."""
+        return [endpoint for beat in self._beats if beat.pool.name == pool for endpoint in beat.endpoints]
+
     def left(self, worker: str) -> None:
         for beat in self._beats:
             for key in [key for key in beat.out if key[0] == worker]:
                 del beat.out[key]
-
-    def endpoints_of(self, pool: str) -> list[Endpoint]:
-        """As this process sees them: with what was scraped of them, and nothing in flight."""
-        return [endpoint for beat in self._beats if beat.pool.name == pool for endpoint in beat.endpoints]
 
     def view(self) -> list[dict[str, Any]]:
         """For operators: by endpoint its state, why, how its last probe ended, its load and how old that is."""
@@ -153,6 +170,8 @@ class Patrol:
                 "waiting": load.waiting if load is not None else None,
                 "kv_usage": round(load.kv_usage, 3) if load is not None else None,
                 "load_age_s": round(now - beat.scraped_at, 1) if load is not None else None,
+                **_rates_of(beat, endpoint),
+                **self._feeds.view(endpoint),
             }
             for beat in self._beats
             for place, endpoint in enumerate(beat.endpoints)
@@ -224,12 +243,14 @@ class Patrol:
         ended, loads = await probes.load(endpoint, path, health.probe_timeout_s)
         # A page that is not there, or not for us, says nothing about the engine.
         self._tell_look(beat, "" if 300 <= ended.status < 500 else ended.reason)
-        if not loads:
+        if not loads.now:
             return
-        beat.load, beat.scraped_at = loads, time.perf_counter()
+        beat.load, beat.scraped_at = loads.now, time.perf_counter()
+        beat.history.observe(beat.scraped_at, loads.totals)
         for each in beat.endpoints:
             load = _load_of(beat, each)
             if load is not None:
+                self._feeds.worked(each, beat.history.latest(each.rank), load.running + load.waiting)
                 fresh_s = _FRESH_ROUNDS * health.scrape_every_s
                 each.running, each.waiting, each.kv_usage = load.running, load.waiting, load.kv_usage
                 each.scraped_at, each.fresh_until = beat.scraped_at, beat.scraped_at + fresh_s
@@ -263,6 +284,18 @@ def _load_of(beat: _Beat, endpoint: Endpoint) -> EngineLoad | None:
     for load in beat.load.values():
         whole = load if whole is None else whole + load
     return whole
+
+
+def _rates_of(beat: _Beat, endpoint: Endpoint) -> dict[str, Any]:
+    """For operators: over the last seconds, by the engine's own count; empty if it does not count."""
+    rates = beat.history.rates(endpoint.rank)
+    if rates is None:
+        return {}
+    return {
+        "prompt_tokens_per_s": round(rates.prompt_tokens_per_s, 1),
+        "generation_tokens_per_s": round(rates.generation_tokens_per_s, 1),
+        "hit_rate": None if rates.hit_rate is None else round(rates.hit_rate, 3),
+    }
 
 
 def _is_watched(pool: PoolSettings) -> bool:

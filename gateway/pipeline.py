@@ -23,6 +23,7 @@ from gateway.overflow.background_answer import BackgroundPark
 from gateway.overflow.spill import Spill
 from gateway.pinning import Pinning
 from gateway.placing import Placing
+from gateway.prompt_tokens import PromptTokens
 from gateway.relay import StreamRelay, is_foreign_error, read_whole, relayed_headers
 from gateway.runtime import Runtime
 from gateway.sending import Sending, Sent
@@ -43,6 +44,7 @@ class Parts(NamedTuple):
     idempotency: Idempotency
     leases: Leases
     pinning: Pinning
+    prompt_tokens: PromptTokens
     placing: Placing
     sending: Sending
     shadowing: Shadowing
@@ -59,6 +61,7 @@ class Pipeline:
         self._idempotency = parts.idempotency
         self._leases = parts.leases
         self._pinning = parts.pinning
+        self._prompt_tokens = parts.prompt_tokens
         self._placing = parts.placing
         self._sending = parts.sending
         self._fallbacks = Fallbacks(parts.placing, parts.sending, parts.settler)
@@ -89,6 +92,8 @@ class Pipeline:
                 return
             if exchange.continues:
                 await self._pinning.pin(exchange)
+            if exchange.model is not None and exchange.model.is_indexed:
+                await self._prompt_tokens.read(exchange, runtime.session_secret)
             sent = await self._send(exchange, request, received, runtime)
             if sent is None:
                 return  # parked, and answered

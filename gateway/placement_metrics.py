@@ -1,6 +1,6 @@
 """What the metrics page shows of placement: sessions, caches, load, and who waits."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from backends.pool import Endpoint
 from gateway.locality import Locality
@@ -63,4 +63,34 @@ def watch_placement(
         "counter",
         "Time that requests waited for room before they got it.",
         lambda: room.waited_s,
+    )
+
+
+def watch_caches(
+    telemetry: Telemetry,
+    locality: Locality,
+    prompts: Mapping[str, int],
+    blocks: Callable[[], dict[str, int]],
+) -> None:
+    """How well the engines' caches are known. Prompts and blocks are of pools that follow KV events."""
+    telemetry.watch(
+        "headgate_cache_predictions_total",
+        "counter",
+        "Predictions of cached tokens: exact, from the engine's KV events, or guessed, from what was sent.",
+        lambda: locality.predictions,
+        "source",
+    )
+    telemetry.watch(
+        "headgate_prompt_tokenisations_total",
+        "counter",
+        "Prompts of pools that follow KV events, by whether the engine told their tokens, and why not.",
+        lambda: prompts,
+        "outcome",
+    )
+    telemetry.watch(
+        "headgate_known_cache_blocks",
+        "gauge",
+        "Blocks that an endpoint is known to hold, in each worker.",
+        blocks,
+        "endpoint",
     )

@@ -52,6 +52,8 @@ def relayed_headers(exchange: Exchange, reply: Reply) -> Headers:
         (b"x-headgate-session", exchange.session_state.encode()),
         (b"x-headgate-attempts", b"%d" % exchange.attempts),
     )
+    if exchange.prefilled_by:
+        headers.append((b"x-headgate-prefill", exchange.prefilled_by.encode()))
     if exchange.session_state == "moved":
         headers.append((b"x-headgate-session-reason", exchange.place_reason.encode()))
     return headers

@@ -12,13 +12,15 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from backends.adapter import Encoded, encode, head
+from backends.adapter import Edits, Encoded, encode, head
 from backends.errors import LOAD_STATUSES, UpstreamError
+from backends.kv_transfer import to_collect
 from backends.pool import Endpoint
 from backends.retry_after import retry_after_s
 from backends.transport import Reply
 from gateway.inbound import Request
 from gateway.intake import Message
+from gateway.prefilling import LEAST_WORK_TOKENS, Handover, Prefilling, UncollectedError
 from gateway.relay import is_stream, read_whole
 from gateway.runtime import Runtime
 from gateway.settle import Settler
@@ -30,8 +32,6 @@ from policies.retry import KEY_STATUSES, RETRYABLE_STATUSES, RetryBudget, backof
 from policies.routing import Candidate
 from policies.session import salted
 
-# Of every request, whatever its prompt: what makes a short one's pace comparable with a long one's.
-_LEAST_WORK_TOKENS: Final = 256
 # One generated token takes an engine as long as so many of a prompt.
 _TOKEN_WORK: Final = 64
 # An endpoint that is full, and does not say until when.
@@ -58,6 +58,8 @@ class _Course(msgspec.Struct):
     began_at: float
     tries: int = 0
     tried: list[Endpoint] = []
+    handover: Handover | None = None  # the prompt, computed by another engine
+    is_plain: bool = False  # no other engine computes it any more
 
 
 class Sending:
@@ -65,6 +67,7 @@ class Sending:
 
     def __init__(self, settler: Settler) -> None:
         self.counts = {"retried": 0, "fell_back": 0, "rotated": 0, "no_budget": 0}
+        self.prefilling = Prefilling(settler)
         self._settler = settler
         self._budgets: dict[str, RetryBudget] = {}
 
@@ -87,6 +90,10 @@ class Sending:
             failure: UpstreamError | int
             try:
                 sent = await self._attempt(exchange, request, message, candidate, runtime, course)
+            except UncollectedError as uncollected:
+                # Once, and to the same endpoint: nothing says that it is ill.
+                self._be_plain(exchange, uncollected.status, course)
+                continue
             except UpstreamError as error:
                 failure = error
             else:
@@ -121,13 +128,21 @@ class Sending:
         exchange.candidate = candidate
         exchange.sent_at = now = time.perf_counter()
         exchange.hold = take(exchange, candidate, now)
+        edits = _edits(exchange, candidate, runtime)
+        handover: Handover | None = None
+        if candidate.target.prefillers is not None:
+            handover = await self._prefill(exchange, request, message, runtime, course)
+            exchange.sent_at = now = time.perf_counter()
+            if handover is not None:
+                edits = to_collect(handover.params, edits)
         health = runtime.health.of(endpoint)
         if health is not None:
-            exchange.attempt = health.attempt(now, _LEAST_WORK_TOKENS + endpoint.uncached_tokens)
+            exchange.attempt = health.attempt(now, LEAST_WORK_TOKENS + endpoint.uncached_tokens)
         deadlines = candidate.target.deadlines or endpoint.deadlines
-        if course.tried:  # a request's whole time is for all of its attempts together
+        if course.tried or candidate.target.prefillers is not None:
+            # A request's whole time is for all of its attempts together.
             deadlines = deadlines._replace(total_s=deadlines.total_s - (now - course.began_at))
-        encoded = _encode(exchange, candidate, message, runtime)
+        encoded = _encode(exchange, candidate, message, edits)
         start = head(
             endpoint,
             request.method,
@@ -137,10 +152,12 @@ class Sending:
             exchange.request_id,
             message.content_type,
         )
-        if not exchange.dispatched_at:
-            exchange.dispatched_at = time.perf_counter()
-            self._settler.open(exchange)
-        reply = await endpoint.connections.send(start, encoded.body, deadlines)
+        self._open(exchange)
+        if handover is None:
+            reply = await endpoint.connections.send(start, encoded.body, deadlines)
+        else:
+            call = (start, encoded.body, deadlines)
+            reply = await self.prefilling.collect(exchange, request, message, handover, call)
         exchange.status = reply.status
         exchange.first_byte_at = now = time.perf_counter()
         exchange.hold.prefilled()
@@ -154,6 +171,37 @@ class Sending:
         if exchange.attempt is not None and exchange.usage is not None:
             exchange.attempt.add_work(_TOKEN_WORK * exchange.usage.output_tokens)
         return Sent(reply, encoded.strips_usage, body)
+
+    def _open(self, exchange: Exchange) -> None:
+        if not exchange.dispatched_at:
+            exchange.dispatched_at = time.perf_counter()
+            self._settler.open(exchange)
+
+    async def _prefill(
+        self, exchange: Exchange, request: Request, message: Message, runtime: Runtime, course: _Course
+    ) -> Handover | None:
+        """The prompt, computed by another engine for the exchange's candidate. None: the candidate will."""
+        candidate = exchange.candidate
+        assert candidate is not None
+        handover = course.handover
+        if not course.is_plain and (handover is None or not handover.is_good(candidate.target.pool)):
+            self._open(exchange)
+            edits = _edits(exchange, candidate, runtime)
+            handover = await self.prefilling.prefill(exchange, request, message, runtime, edits)
+        course.handover = handover
+        course.is_plain = handover is None
+        if handover is not None and exchange.hold is not None:
+            exchange.hold.prefilled()  # nothing of it is left to compute here
+        return handover
+
+    def _be_plain(self, exchange: Exchange, status: int, course: _Course) -> None:
+        """What was computed elsewhere is of no use: the next attempt is an ordinary one."""
+        self._settler.waste(exchange, status, time.perf_counter())
+        self._settler.attempt_failed(exchange, status)
+        if exchange.attempt is not None:
+            exchange.attempt.abandoned()
+        course.handover, course.is_plain = None, True
+        course.tries -= 1
 
     def _after(
         self,
@@ -264,7 +312,12 @@ def _is_the_apis(reply: Reply) -> bool:
     return (reply.header(b"content-type") or b"").lstrip().lower().startswith(b"application/json")
 
 
-def _encode(exchange: Exchange, candidate: Candidate, message: Message, runtime: Runtime) -> Encoded:
+def _edits(exchange: Exchange, candidate: Candidate, runtime: Runtime) -> Edits | None:
+    """What is changed in the body, whoever asked for it."""
+    return salted(exchange, runtime.session_secret) if candidate.target.pool.is_salted else exchange.edits
+
+
+def _encode(exchange: Exchange, candidate: Candidate, message: Message, edits: Edits | None) -> Encoded:
     if message.document is None:
         return Encoded(message.body, strips_usage=False)
     return encode(
@@ -273,5 +326,5 @@ def _encode(exchange: Exchange, candidate: Candidate, message: Message, runtime:
         candidate.target.model_json,
         message.document,
         is_stream=exchange.is_stream,
-        edits=salted(exchange, runtime.session_secret) if candidate.target.pool.is_salted else exchange.edits,
+        edits=edits,
     )

@@ -30,6 +30,7 @@ from gateway.first_start import Addresses, FirstKeys, keys_text, make_first_keys
 from gateway.fleet import Fleet, FleetSettings, WorkerError
 from gateway.intents import recover_orphans
 from gateway.keys import Keyring, load_pepper
+from gateway.kv_feeds import KvFeeds
 from gateway.logs import start_logging, watch_loop
 from gateway.management.app import Plane
 from gateway.node import Node
@@ -83,7 +84,7 @@ class Server:
         self._storage = config.storage.directory
         self._started_time = time.time()
         self._page = Page(metadata.version("headgate"))
-        self._simulators = Simulators(lambda child: self._page.engine_restarts.labels(child).inc())
+        self._simulators = Simulators(lambda child: self._page.engines.restarts.labels(child).inc())
         self._keyring: Keyring | None = None
         self._fleet: Fleet | None = None
         self._patrol: Patrol | None = None
@@ -205,7 +206,12 @@ class Server:
         settings = FleetSettings(
             workers=self._worker_count(), hang_timeout_s=self._config.server.hang_timeout_s
         )
-        self._patrol = Patrol(self._tell_workers, self._page.probes, self._engines.wanted)
+        self._patrol = Patrol(
+            self._tell_workers,
+            self._page.probes,
+            KvFeeds(self._tell_workers, self._page.counter),
+            self._engines.wanted,
+        )
         on_exit = None if self._queue is None else self._queue.worker_died
         self._fleet = Fleet(listener, settings, self._page, self._recover, self._patrol, on_exit)
         self._switchboard.connect(self._fleet, self._patrol)
@@ -346,7 +352,7 @@ class Server:
         if self._node is not None:
             self._page.totals.update("node", self._node.snapshot())
         self._page.set_budgets(self._check.drift_nanousd, self._check.corrections, self._check.checked_time)
-        self._page.set_engines(self._engines.view())
+        self._page.engines.show(self._engines.view())
         self._page.set_alerts(self._alerts.delivered, self._alerts.failed)
         if self._queue is not None:
             deliveries = self._queue.webhooks.delivery

@@ -15,6 +15,7 @@ from typing import Final
 
 from backends.dialect import RAW
 from backends.errors import UpstreamError
+from backends.pool import Endpoint
 from backends.tap import Tap
 from backends.usage import Usage
 from backends.usage_readers import estimate_input
@@ -27,7 +28,7 @@ from gateway.telemetry import Telemetry
 from policies.cost import charge
 from policies.exchange import Exchange
 from policies.placement.place import finish
-from policies.waste import Waste, waste_of
+from policies.waste import Waste, unused_prefill, waste_of
 
 _log = logging.getLogger(__name__)
 
@@ -81,8 +82,22 @@ class Settler:
                 self.wasted_nanousd.get(wasted.endpoint, 0) + wasted.nanousd
             )
 
+    def prefill_failed(
+        self, exchange: Exchange, endpoint: Endpoint, failure: UpstreamError | int, now: float
+    ) -> None:
+        """Another engine was to compute the prompt, and has not: the one that answers will."""
+        self.note_waste(exchange, waste_of(exchange, failure, now, endpoint.name))
+        reason = str(failure) if isinstance(failure, int) else failure.kind
+        self._telemetry.attempt_failed(endpoint.name, reason)
+
+    def prefill_unused(self, exchange: Exchange, endpoint: Endpoint, took_us: int) -> None:
+        """It has, and the one that answers could not make use of it."""
+        self.note_waste(exchange, unused_prefill(exchange, endpoint.name, took_us))
+        self._telemetry.attempt_failed(endpoint.name, "unused")
+
     def attempt_failed(self, exchange: Exchange, failure: UpstreamError | int) -> None:
         """An attempt is over and another follows."""
+        exchange.prefilled_by, exchange.prefill_us = "", 0
         self._give_back(exchange)
         candidate = exchange.candidate
         if candidate is not None:

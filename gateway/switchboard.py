@@ -76,8 +76,8 @@ class Switchboard:
     def engine_event(self, event: Event) -> None:
         kind = event.cause.kind if event.cause is not None else ""
         if event.kind in ("died", "hung", "start_failed"):
-            self._page.engine_restarts.labels(event.replica).inc()
-            self._page.engine_failures.labels(event.replica, event.kind, kind).inc()
+            self._page.engines.restarts.labels(event.replica).inc()
+            self._page.engines.failures.labels(event.replica, event.kind, kind).inc()
         elif event.kind == "cut":
             _log.warning(
                 "requests of an engine are cut: they took longer than its drain",

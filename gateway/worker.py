@@ -24,6 +24,7 @@ import uvloop
 from gateway.acceptor import Acceptor, Loads
 from gateway.config import Config
 from gateway.control import (
+    BlocksHeld,
     Channel,
     Configure,
     CountInFlight,
@@ -188,7 +189,9 @@ class Worker:
                 self._report(message.number)
             case CountInFlight():
                 self._count(message)
-            case EndpointState() | Probed() | Scraped() | Membership() if self._application is not None:
+            case EndpointState() | Probed() | Scraped() | Membership() | BlocksHeld() if (
+                self._application is not None
+            ):
                 self._application.hear(message)
 
     def _count(self, question: CountInFlight) -> None:

@@ -280,7 +280,8 @@ def _cache(spec: VllmConfig, seat: Seat) -> Iterator[str]:
 
 
 def _batches(spec: VllmConfig) -> Iterator[str]:
-    yield from _option("--max-model-len", spec.max_model_len)
+    longest = "auto" if spec.max_model_len is None and spec.gpus == "none" else spec.max_model_len
+    yield from _option("--max-model-len", longest)
     yield from _option("--max-num-seqs", spec.max_num_seqs)
     yield from _option("--max-num-batched-tokens", spec.max_num_batched_tokens)
     if spec.chunked_prefill is not None:

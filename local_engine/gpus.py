@@ -128,6 +128,16 @@ def discover(nvml: Nvml | None, environ: Mapping[str, str]) -> Machine:
     return Machine(tuple(_visible(found, environ.get(_VISIBLE))), _usable_cpus(), memory_bytes)
 
 
+def this_machine(environ: Mapping[str, str]) -> Machine:
+    """`discover` with NVML as it is installed, which is let go of again."""
+    nvml = open_nvml()
+    try:
+        return discover(nvml, environ)
+    finally:
+        if nvml is not None:
+            nvml.close()
+
+
 def find(gpus: Iterable[Gpu], wanted: int | str) -> Gpu | None:
     """The GPU that an operator means by an index or by the beginning of a uuid; None: there is no such one."""
     found = [gpu for gpu in gpus if _is_meant(gpu, wanted)]

@@ -348,7 +348,7 @@ def _notes(spec: VllmConfig, replica: ReplicaPlan) -> Iterator[str]:
             f"{memory.available_bytes / 1e9:.0f} GB that the engine may take: raise tensor_parallel_size, or choose "
             "smaller weights"
         )
-    elif spec.max_model_len and 0 < memory.kv_tokens < spec.max_model_len:
+    elif isinstance(spec.max_model_len, int) and 0 < memory.kv_tokens < spec.max_model_len:
         yield f"about {memory.kv_tokens} tokens of cache fit, less than one sequence of max_model_len"
     if isinstance(spec.gpus, tuple) and len(spec.gpus) > spec.slots * spec.gpus_per_replica:
         spare = len(spec.gpus) - spec.slots * spec.gpus_per_replica

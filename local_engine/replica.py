@@ -48,8 +48,6 @@ _DRAIN_POLL_S: Final = 0.2
 _KILL_S: Final = 5.0  # beyond the time a process may take to end by itself
 _GONE_S: Final = 10.0  # after SIGKILL: only one that the kernel holds takes longer
 _JITTER: Final = 0.2
-# Looks without progress, beside the time: one late look must not condemn an engine after we were asleep ourselves.
-_LEAST_LOOKS: Final = 3
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +70,9 @@ class Replica:
         self._is_restart_wanted = False
         self._changed = asyncio.Event()
         self._exit: asyncio.Future[int | None] | None = None
-        self._seen: dict[str, tuple[float, float, int]] = {}  # by label: steps, since when, looks
+        self._seen: dict[
+            str, tuple[float, float, float]
+        ] = {}  # by label: steps, for how long, when looked at
         self._has_place = False
         self._adopts = True
 
@@ -355,11 +355,13 @@ class Replica:
         return None
 
     def _without_progress(self, label: str, steps: float, now: float) -> float:
-        known_steps, since_at, looks = self._seen.get(label, (-1.0, now, 0))
-        if steps != known_steps:
-            since_at, looks = now, 0
-        self._seen[label] = (steps, since_at, looks + 1)
-        return now - since_at if looks + 1 >= _LEAST_LOOKS else 0.0
+        """For how long it was seen so. Time in which we did not look, being stopped ourselves, does not count."""
+        known_steps, idle_s, looked_at = self._seen.get(label, (steps, 0.0, now))
+        idle_s = (
+            0.0 if steps != known_steps else idle_s + min(now - looked_at, 2 * self.settings.look_every_s)
+        )
+        self._seen[label] = (steps, idle_s, now)
+        return idle_s
 
     async def _drained(self, timeout_s: float) -> bool:
         """Whether it has no requests any more; waits for that, as long as they may take and nobody wants it back."""

@@ -161,10 +161,11 @@ def _scheduling_problems(spec: VllmConfig) -> Iterator[SpecProblem]:
             ("max_num_batched_tokens",),
             f"must be at least max_num_seqs ({spec.max_num_seqs}): each computes a token a step",
         )
-    if spec.chunked_prefill is False and batched is not None and batched < (spec.max_model_len or 0):
+    longest = spec.max_model_len if isinstance(spec.max_model_len, int) else 0
+    if spec.chunked_prefill is False and batched is not None and batched < longest:
         yield SpecProblem(
             ("max_num_batched_tokens",),
-            f"must hold a whole prompt (max_model_len {spec.max_model_len}) when chunked_prefill is false",
+            f"must hold a whole prompt (max_model_len {longest}) when chunked_prefill is false",
         )
 
 

@@ -70,6 +70,12 @@ Variable = Annotated[str, AfterValidator(_variable)]
 Argument = Annotated[str, AfterValidator(_argument)]
 
 
+def served_name(model: str) -> str:
+    """What engines call a model that nobody named: the repository, or the folder's last part."""
+    is_folder = model.startswith(("/", "./", "../", "~"))
+    return model.rstrip("/").rpartition("/")[2] if is_folder else model
+
+
 class NodeConfig(Section):
     """One more machine with ranks of the same replica."""
 
@@ -248,8 +254,9 @@ class VllmConfig(Section):
     """For the cache of each GPU; null: what `gpu_memory_utilization` leaves."""
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     """Share of each GPU's memory that the engine may take (of the machine's, on the CPU); null: vLLM's 0.92."""
-    max_model_len: int | None = Field(default=None, ge=1)
-    """Longest prompt plus answer, in tokens; null: what the model can."""
+    max_model_len: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Longest prompt plus answer, in tokens; `auto`: what fits in the cache; null: what the model can, `auto` on the
+    CPU."""
     max_num_seqs: int | None = Field(default=None, ge=1)
     """Sequences that run at once; null: vLLM's choice."""
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
@@ -316,11 +323,7 @@ class VllmConfig(Section):
     @property
     def served_name(self) -> str:
         """What the engines call the model."""
-        if self.name is not None:
-            return self.name
-        if self.model.startswith(("/", "./", "../", "~")):
-            return self.model.rstrip("/").rpartition("/")[2]
-        return self.model
+        return served_name(self.model) if self.name is None else self.name
 
     @property
     def slots(self) -> int:

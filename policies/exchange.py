@@ -16,6 +16,7 @@ from backends.json_object import JsonObject
 from backends.usage import Usage
 from policies.health.endpoint import Attempt
 from policies.placement.ask import Ask
+from policies.placement.conversations import Known
 from policies.placement.hold import Hold
 from policies.placement.priority import DEFAULT
 from policies.waste import Waste
@@ -109,6 +110,7 @@ class Exchange(msgspec.Struct):
     # place
     ask: Ask | None = None
     ask_target: "Target | None" = None  # whose ask it is: pools count tokens and salt caches differently
+    known: Known | None = None  # the prompt in tokens, where a pool's caches are known by them
     session_state: str = "none"  # kept | moved | new | none
     place_reason: str = ""  # why it went where it was sent (policies.placement.placer.Reason)
     predicted_cached_tokens: int | None = None  # None: nothing was predicted
@@ -120,6 +122,8 @@ class Exchange(msgspec.Struct):
     attempts: int = 0
     sent_at: float = 0.0  # the latest attempt
     waste: list[Waste] | None = None  # attempts that failed
+    prefilled_by: str = ""  # name of the endpoint that computed the prompt, where that is another one
+    prefill_us: int = 0
     dispatched_at: float = 0.0
     intent: tuple[Any, ...] | None = None  # what the ledger wrote of it when it was first sent off
     upstream_headers: Sequence[tuple[bytes, bytes]] = ()  # of the answer to a run of a job

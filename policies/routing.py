@@ -13,10 +13,12 @@ from backends.dialect import Dialect
 from backends.load import EndpointLoad
 from backends.pool import Endpoint, Pool
 from backends.transport import Deadlines
+from policies.placement.block_index import BlockIndex
 from policies.placement.placer import Placer
 from policies.prices import Price
 
 if TYPE_CHECKING:
+    from policies.placement.prefill import Prefillers
     from policies.rules.fallback import ModelRouting
 
 # What is to happen when all of its endpoints are full, unless client or rule say it. `hold`: it becomes a job of the
@@ -30,16 +32,19 @@ _MAX_GROUPINGS: Final = 256
 class Target:
     """A pool, the upstream's name for the model, what it costs there, and how its endpoint is chosen.
 
-    `placer` is None where there is nothing to choose: the pool has one endpoint.
+    `placer` is None where there is nothing to choose: the pool has one endpoint. `blocks` is what its engines hold, where
+    they tell. `prefillers` is nearly always None: who answers computes the prompt.
     """
 
     __slots__ = (
         "async_price",
+        "blocks",
         "deadlines",
         "model_json",
         "name",
         "placer",
         "pool",
+        "prefillers",
         "price",
         "upstream_model",
     )
@@ -48,6 +53,7 @@ class Target:
         self, name: str, pool: Pool, upstream_model: str, price: Price, placer: Placer | None = None
     ) -> None:
         self.name = name
+        self.blocks: BlockIndex | None = None
         self.pool = pool
         self.upstream_model = upstream_model
         self.model_json = msgspec.json.encode(upstream_model)  # as it stands in a request
@@ -55,6 +61,7 @@ class Target:
         self.async_price = price  # for who came through the queue
         self.placer = placer
         self.deadlines: Deadlines | None = None  # its own, instead of the endpoint's
+        self.prefillers: Prefillers | None = None
 
 
 class Candidate:
@@ -87,7 +94,7 @@ class Model:
     `routing` is what the configuration says of it beyond them; it names other models, so it is set when all are there.
     """
 
-    __slots__ = ("_groups", "created_time", "name", "on_full", "owner", "routing", "targets")
+    __slots__ = ("_groups", "created_time", "is_indexed", "name", "on_full", "owner", "routing", "targets")
 
     def __init__(
         self, name: str, targets: tuple[Target, ...], owner: str = "headgate", created_time: int = 0
@@ -98,6 +105,7 @@ class Model:
         self.created_time = created_time
         self.routing: ModelRouting | None = None
         self.on_full: ModelOnFull = ""
+        self.is_indexed = any(target.blocks is not None for target in targets)
         self._groups: dict[tuple[str, tuple[Target, ...] | None], tuple[Group, ...]] = {}
 
     def groups(self, dialect: Dialect, targets: tuple[Target, ...] | None = None) -> tuple[Group, ...]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Waste(msgspec.Struct, array_like=True, frozen=True):
-    """One failed attempt. `reason` is an ErrorKind or a status; `nanousd` is an estimate, None: the price is unknown."""
+    """One failed attempt. `reason` is an ErrorKind, a status, or `unused`; `nanousd` is an estimate, None: the price is unknown."""
 
     endpoint: str
     reason: str
@@ -25,17 +25,27 @@ class Waste(msgspec.Struct, array_like=True, frozen=True):
     nanousd: int | None
 
 
-def waste_of(exchange: "Exchange", failure: UpstreamError | int, now: float) -> Waste:
-    """Of the attempt under way, which has failed."""
+def waste_of(exchange: "Exchange", failure: UpstreamError | int, now: float, endpoint: str = "") -> Waste:
+    """Of the attempt under way, which has failed; at its candidate, unless an `endpoint` is named."""
     candidate = exchange.candidate
     assert candidate is not None
     nanousd: int | None = 0
     if isinstance(failure, UpstreamError) and failure.sent and exchange.dialect.is_billed:
-        usage = estimate_input(exchange.body_bytes)
-        charged = charge(usage, candidate.target.price, "", exchange.received_time)
-        nanousd = None if charged is None else charged.cost_nanousd
+        nanousd = _prompt_nanousd(exchange)
     reason = str(failure) if isinstance(failure, int) else failure.kind
-    return Waste(candidate.endpoint.name, reason, int((now - exchange.sent_at) * 1e6), nanousd)
+    return Waste(endpoint or candidate.endpoint.name, reason, int((now - exchange.sent_at) * 1e6), nanousd)
+
+
+def unused_prefill(exchange: "Exchange", endpoint: str, took_us: int) -> Waste:
+    """Of a prompt that was computed at `endpoint`, and not collected. One that served is no waste, and no row of its own."""
+    return Waste(endpoint, "unused", took_us, _prompt_nanousd(exchange))
+
+
+def _prompt_nanousd(exchange: "Exchange") -> int | None:
+    assert exchange.candidate is not None
+    usage = estimate_input(exchange.body_bytes)
+    charged = charge(usage, exchange.candidate.target.price, "", exchange.received_time)
+    return None if charged is None else charged.cost_nanousd
 
 
 def total_nanousd(waste: list[Waste]) -> int | None:

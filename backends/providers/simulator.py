@@ -8,6 +8,7 @@ PROVIDER = Provider(
     base_url="",
     paths=paths(CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES, COUNT_TOKENS),
     forwards=frozenset({"traceparent", "tracestate", "x-session-id"}),
+    reserved=frozenset({"kv_transfer_params"}),
     health_path="/health",
     metrics_path="/metrics",
     docs="https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html",

@@ -4,10 +4,12 @@ import typer
 
 from gateway.commands import engine_control
 from gateway.commands.engine_plan import plan, presets
+from gateway.commands.engine_run import run
 
 app = typer.Typer(help="Engines: vLLM that Headgate starts and looks after.", no_args_is_help=True)
 app.command()(plan)
 app.command()(presets)
+app.command()(run)
 for command in (
     engine_control.status,
     engine_control.restart,

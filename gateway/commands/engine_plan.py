@@ -20,7 +20,7 @@ from gateway.commands.tables import Column, print_table
 from gateway.config import DEFAULT_PATH, Config, load
 from gateway.config_file import ConfigError
 from local_engine.free_ports import FreePorts
-from local_engine.gpus import Gpu, Machine, discover, open_nvml
+from local_engine.gpus import Gpu, Machine, this_machine
 from local_engine.plan import (
     PLACEHOLDER,
     EngineEndpoint,
@@ -60,7 +60,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Show the commands, ports, GPUs and memory of the engines, and start nothing."""
-    machine = discover(open_nvml(), os.environ)
+    machine = this_machine(os.environ)
     if gpus is not None:
         machine = replace(machine, gpus=_supposed(gpus))
     try:

@@ -14,7 +14,7 @@ from typing import Annotated, Final, Protocol, cast
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
-from backends.config import BlankIsNone, LocalPath, Secret
+from backends.config import BlankIsNone, LocalPath
 from gateway.stores.sqlite import StorageError
 from local_engine.config import RESTART, Section
 

@@ -189,6 +189,11 @@ CREATE INDEX held_by_scope ON held (scope, since_time);
 CREATE INDEX held_by_end ON held (until_time);
 """
 
+_PREFILL: Final = """
+ALTER TABLE ledger ADD COLUMN prefill_endpoint TEXT NOT NULL DEFAULT '';
+ALTER TABLE ledger ADD COLUMN prefill_us INTEGER NOT NULL DEFAULT 0;
+"""
+
 STEPS: Final[tuple[str, ...]] = (
     _LEDGER,
     _KEYS,
@@ -200,4 +205,5 @@ STEPS: Final[tuple[str, ...]] = (
     _ALERTS,
     _WEBHOOK_ENDPOINTS,
     _HELD,
+    _PREFILL,
 )

@@ -8,6 +8,8 @@ from typing import Final
 
 import msgspec
 
+from policies.placement.conversations import Known
+
 # Beginnings of prompts that are told apart; how far a session's context reaches is known better than that.
 BEGINNINGS_BYTES: Final = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 # A prompt is hashed up to here: what placing costs does not grow with the prompt beyond it.
@@ -28,3 +30,5 @@ class Ask(msgspec.Struct):
     prompt_bytes: int = 0
     hits: dict[bytes, int] | None = None  # tokens by endpoint's hash key, as the latest ranking found them
     prompt_tokens: int = 0  # an estimate before, what the upstream counted after
+    known: Known | None = None  # the prompt in tokens, where they are told
+    is_exact: bool = False  # what was predicted came from the engine's own word

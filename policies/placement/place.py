@@ -20,7 +20,7 @@ from policies.placement.saturation import has_room
 from policies.routing import Candidate, Group, Target
 
 # Where prompts are continued. An embedding reads no cache.
-_CONVERSATIONAL: Final = frozenset({"chat", "completions", "responses", "messages"})
+CONVERSATIONAL: Final = frozenset({"chat", "completions", "responses", "messages"})
 _BYTES_PER_TOKEN: Final = 4  # where nobody learns it
 _first_turns = FirstTurns()
 
@@ -92,11 +92,14 @@ def ask_of(exchange: Exchange, target: Target) -> Ask:
     assert placer is not None  # where there is nothing to choose, nothing is asked
     ask = exchange.ask = Ask(exchange.session_hash, prompt_bytes=exchange.body_bytes)
     ask.prompt_tokens = int(exchange.body_bytes / placer.bytes_per_token)
+    known = exchange.known
+    if known is not None and known.pool == target.pool.name:
+        ask.known, ask.prompt_tokens = known, known.chain.tokens
     caller, document = exchange.caller, exchange.document
     if not exchange.is_affine or document is None or caller is None:
         return ask
     wants_session = placer.wants_session and not ask.session
-    if not (wants_session or placer.wants_prefixes) or exchange.dialect.name not in _CONVERSATIONAL:
+    if not (wants_session or placer.wants_prefixes) or exchange.dialect.name not in CONVERSATIONAL:
         return ask
     prompt = prompt_of(document.values)
     if prompt is None:

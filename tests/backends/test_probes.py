@@ -65,8 +65,8 @@ async def test_the_load_is_read_from_either_page(endpoint):
     for path in ("/metrics", "/load"):
         probe, loads = await probes.load(endpoint, path, 5.0)
         assert probe.is_ok
-        assert loads[0][:2] == (0, 0)
-    assert (await probes.load(endpoint, "/version", 5.0))[1] == {}
+        assert loads.now[0][:2] == (0, 0)
+    assert (await probes.load(endpoint, "/version", 5.0))[1] == ({}, {})
 
 
 async def test_nobody_there_is_an_outcome_like_any_other():

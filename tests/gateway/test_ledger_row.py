@@ -45,6 +45,7 @@ def an_ended_exchange(**fields) -> Exchange:
     exchange.waste = [Waste("pool/0", "reset", 900, 5)]
     exchange.session_state, exchange.place_reason = "moved", "home_out"
     exchange.predicted_cached_tokens, exchange.waited_s, exchange.answer_id = 512, 0.00025, "resp_1"
+    exchange.prefilled_by, exchange.prefill_us = "gpu/p", 777
     for name, value in fields.items():
         setattr(exchange, name, value)
     return exchange
@@ -101,6 +102,8 @@ def test_every_column_holds_what_its_name_says() -> None:
         "waited_us": 250,
         "answer_id": "resp_1",
         "node": "",
+        "prefill_endpoint": "gpu/p",
+        "prefill_us": 777,
     }
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from backends.config import PoolConfig
 from gateway.config import Config
-from gateway.engines import Engines
+from gateway.placed import PlacedConfig
+from gateway.simulators import Simulators
 from local_engine.config import SimulatorConfig
 from local_engine.processes import StartError, answers_ok
 
@@ -22,30 +23,31 @@ def a_config(**simulator) -> Config:
 
 
 async def test_each_replica_runs_and_its_pool_becomes_one_of_addresses():
-    engines = Engines(lambda name: None)
+    simulators = Simulators(lambda name: None)
     config = a_config(replicas=2, seed=5)
-    await engines.start(config)
+    await simulators.start(config)
     try:
-        assert [child.name for child in engines.children()] == ["demo/0", "demo/1"]
-        placed = Config.from_json(engines.placed(config).to_json())
-        addresses = placed.pools["demo"].endpoints
+        assert [child.name for child in simulators.children()] == ["demo/0", "demo/1"]
+        placed = PlacedConfig.from_json(PlacedConfig.of(config, simulators.placed()).to_json())
+        pools = placed.enabled_pools()
+        assert [member.name for member in pools["demo"].all_members()] == ["demo/0", "demo/1"]
+        addresses = [member.base_url for member in pools["demo"].all_members()]
         assert len(set(addresses)) == 2
-        assert placed.enabled_pools()["demo"].provider.docs == config.enabled_pools()["demo"].provider.docs
-        assert placed.pools["demo"].simulator is None
-        assert placed.pools["far"] == config.pools["far"]
+        assert pools["demo"].provider == config.enabled_pools()["demo"].provider
+        assert pools["far"] == config.enabled_pools()["far"]
         for address in addresses:
             port = int(address.removesuffix("/v1").rpartition(":")[2])
             assert await answers_ok("127.0.0.1", port, "/v1/models")
     finally:
-        await engines.stop()
+        await simulators.stop()
 
 
 async def test_an_engine_that_dies_is_told_and_comes_back():
     died: list[str] = []
-    engines = Engines(died.append)
-    await engines.start(a_config())
+    simulators = Simulators(died.append)
+    await simulators.start(a_config())
     try:
-        (child,) = engines.children()
+        (child,) = simulators.children()
         first = child.pid
         os.kill(first, signal.SIGKILL)
         deadline_at = time.monotonic() + 30
@@ -54,11 +56,11 @@ async def test_an_engine_that_dies_is_told_and_comes_back():
             await asyncio.sleep(0.02)
         assert died == ["demo/0"]
     finally:
-        await engines.stop()
+        await simulators.stop()
 
 
 async def test_one_engine_that_cannot_start_ends_them_all(monkeypatch):
-    monkeypatch.setattr("gateway.engines._command", lambda *_: ["/bin/false"])
-    engines = Engines(lambda name: None)
+    monkeypatch.setattr("gateway.simulators._command", lambda *_: ["/bin/false"])
+    simulators = Simulators(lambda name: None)
     with pytest.raises(StartError, match="demo/0 ended with code 1"):
-        await engines.start(a_config())
+        await simulators.start(a_config())
