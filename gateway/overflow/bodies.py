@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, SecretStr, model_validator
 
 from backends.config import BlankIsNone, LocalPath
 from gateway.stores.sqlite import StorageError
-from local_engine.config import RESTART, Section
+from local_engine.config import RESTART, Secret, Section
 
 if sys.version_info >= (3, 14):
     from compression import zstd
