@@ -1,9 +1,15 @@
-"""For all tests: names that are the same in every process, and the list of those that failed."""
+"""For all tests: names that are the same in every process, the same examples in every run, and the list of what failed."""
 
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# What a random search finds should fail here and now, not on somebody else's change: HEADGATE_TEST_SEARCH=1 searches.
+settings.register_profile("repeatable", derandomize=True, database=None)
+if not os.environ.get("HEADGATE_TEST_SEARCH"):
+    settings.load_profile("repeatable")
 
 
 def pytest_make_parametrize_id(config, val, argname):

@@ -81,8 +81,8 @@ class GuardedLimitStore:
             return reply
         self._substitute.observe(said, reply)
         self._offset_us = reply.now_us - time.time_ns() // 1000
-        while self._ended:
-            await self._give_back(self._ended.pop())
+        while self._ended and await self._give_back(self._ended[-1]):
+            self._ended.pop()
         return reply if said is update else replace(reply, readings=reply.readings[: len(update.counters)])
 
     async def read(self, counters: Sequence[Counter]) -> tuple[int, list[Reading]]:
@@ -160,12 +160,12 @@ class GuardedLimitStore:
         self._doubt = None
         self._must_begin_again = True
 
-    async def _give_back(self, last: Update) -> None:
+    async def _give_back(self, last: Update) -> bool:
+        """False: not now; it is tried again with the next update, and lapses by itself if there is none in time."""
         ending = Update(last.holder, last.number + 1, 1, is_last=True)
         try:
             await self._in_time(self._store.update(ending))
         except StoreAwayError as error:
-            # It lapses by itself.
-            _log.info(
-                "limits: the holds before the absence are free in %.0f s (%s)", last.ttl_us / 1e6, error
-            )
+            _log.info("limits: the holds before the absence are not given back yet (%s)", error)
+            return False
+        return True
