@@ -118,6 +118,13 @@ class QueueNode:
         finally:
             self._free.put_nowait(connection)
 
+    async def _renew_idle(self) -> None:
+        """What broke one connection has broken the others: they are not to fail one after the other."""
+        idle = [self._free.get_nowait() for _ in range(self._free.qsize())]
+        for connection in idle:
+            await connection.close()
+            self._free.put_nowait(connection)
+
     async def _call(
         self,
         verb: str,
@@ -137,6 +144,7 @@ class QueueNode:
                     found = await connection.call("WAIT", self._replicas, _WAIT_MS)
         except StoreAwayError:
             self._epoch = ""  # it may be another one when it is back
+            await self._renew_idle()
             raise
         if found < self._replicas:
             raise StoreAwayError(f"only {found} of {self._replicas} replicas have it")
@@ -147,8 +155,12 @@ class QueueNode:
         async with self._meeting:
             if self._epoch:
                 return self._epoch
-            async with self._connection() as connection:
-                server = await connection.call("INFO", "server")
+            try:
+                async with self._connection() as connection:
+                    server = await connection.call("INFO", "server")
+            except StoreAwayError:
+                await self._renew_idle()
+                raise
             asked = {"run_id": str(server["run_id"]), "grace_s": self._grace_s}
             epoch = str((await self._call("begin", _ANY_EPOCH, asked))[1].decode())
             said = await self._say_again(epoch)

@@ -48,7 +48,8 @@ def redis_queue(
     server: RedisServer, directory: Path, clock: QueueClock | None = None, **settings: Any
 ) -> RedisQueueStore:
     """A process's view; those of one `directory` are on one node."""
-    connections = [RedisConnection(server.url, "t", timeout_s=10.0) for _ in range(2)]
+    timeout_s = settings.pop("timeout_s", 10.0)
+    connections = [RedisConnection(server.url, "t", timeout_s=timeout_s) for _ in range(2)]
     journal = Journal(directory, clocks=None if clock is None else clock.clocks)
     grace_s = settings.pop("grace_s", 0.0)
     now_us = None if clock is None else clock.now_us
