@@ -156,11 +156,10 @@ class QueueNode:
             if self._epoch:
                 return self._epoch
             try:
-                async with self._connection() as connection:
-                    server = await connection.call("INFO", "server")
+                server = await self._server()
             except StoreAwayError:
                 await self._renew_idle()
-                raise
+                server = await self._server()  # that may only have been a connection of before a restart
             asked = {"run_id": str(server["run_id"]), "grace_s": self._grace_s}
             epoch = str((await self._call("begin", _ANY_EPOCH, asked))[1].decode())
             said = await self._say_again(epoch)
@@ -172,6 +171,11 @@ class QueueNode:
             self.times_met += 1
             self._epoch = epoch
             return epoch
+
+    async def _server(self) -> dict[str, Any]:
+        async with self._connection() as connection:
+            found: dict[str, Any] = await connection.call("INFO", "server")
+        return found
 
     async def _say_again(self, epoch: str) -> int:
         """Ends first; then parents, what belongs to them, and what became of them. How many of all."""
