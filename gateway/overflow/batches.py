@@ -49,7 +49,7 @@ _CHUNK_LINES: Final = 250
 _CHUNK_BYTES: Final = 2 * 1024 * 1024
 _PAGE: Final = 200
 _READ_BYTES: Final = 8 * 1024 * 1024  # of results held at once
-_PATIENCE_S: Final = 2.0
+_PATIENCE_S: Final = 5.0  # between tries to hand lines in
 # Longer than any file is looked for: answers must be there when the last line has ended.
 _KEEP_BEYOND_S: Final = 86_400.0
 # Refusals that end by themselves, soon.
@@ -327,7 +327,7 @@ class BatchWork:
             final = [denial for denial in denials if denial.code not in _WAITS]
             if final:
                 return [_line_error(*pair) for pair in zip(chunk, outcome, strict=True) if pair[1] in final]
-            await asyncio.sleep(min((d.retry_after_s or _PATIENCE_S for d in denials), default=_PATIENCE_S))
+            await asyncio.sleep(_PATIENCE_S)
 
     async def _fail(self, lease: ParentLease, record: BatchRecord, errors: list[LineError]) -> None:
         await self._store.fail_parent(lease, _encode(msgspec.structs.replace(record, errors=errors)))
