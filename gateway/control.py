@@ -127,6 +127,12 @@ class Scraped(msgspec.Struct, tag=True):
     fresh_s: float
 
 
+class Draw(msgspec.Struct, tag=True):
+    """Parent to worker: whether jobs are to be drawn from the queue from now on."""
+
+    is_on: bool
+
+
 class Drained(msgspec.Struct, tag=True):
     """Worker to parent, last: everything is settled and flushed. `cut` requests did not end by themselves."""
 
@@ -134,7 +140,7 @@ class Drained(msgspec.Struct, tag=True):
 
 
 OfEndpoint = EndpointState | Probed | Scraped
-ToWorker = Configure | Reload | Drain | Report | OfEndpoint
+ToWorker = Configure | Reload | Drain | Report | Draw | OfEndpoint
 ToParent = Ready | Failed | Reloaded | Heartbeat | Metrics | EndpointState | Drained
 
 

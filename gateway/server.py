@@ -33,6 +33,7 @@ from gateway.keys import Keyring, load_pepper
 from gateway.logs import start_logging, watch_loop
 from gateway.management.app import Plane
 from gateway.node import Node
+from gateway.overflow.operating import QueueOperators
 from gateway.overflow.service_queue import ServiceQueue
 from gateway.overflow.webhooks import QueueWebhooks
 from gateway.patrol import Patrol
@@ -159,7 +160,7 @@ class Server:
     async def _open_queue(self, pepper: bytes, ending: contextlib.AsyncExitStack) -> None:
         """Closed after the last worker is gone, whose jobs it gives back."""
         if self._config.queue.enabled:
-            self._queue = ServiceQueue(lambda: self._config, pepper)
+            self._queue = ServiceQueue(lambda: self._config, pepper, self._draw_jobs)
             ending.push_async_callback(self._queue.close)
             await self._queue.recover()
 
@@ -209,6 +210,10 @@ class Server:
         """With what only the parent knows: the engines' addresses, and how many workers there are."""
         server = config.server.model_copy(update={"workers": self._worker_count()})
         return self._engines.placed(config).model_copy(update={"server": server}).to_json()
+
+    def _draw_jobs(self, is_on: bool) -> None:  # noqa: FBT001 - a callback's one argument
+        if self._fleet is not None:
+            self._fleet.draw(is_on=is_on)
 
     def _worker_count(self) -> int:
         if self._overrides.workers is not None:
@@ -304,6 +309,10 @@ class Server:
     def webhooks(self) -> QueueWebhooks | None:
         return None if self._queue is None else self._queue.webhooks
 
+    @property
+    def jobs(self) -> QueueOperators | None:
+        return None if self._queue is None else self._queue.operators
+
     async def metrics(self) -> bytes:
         if self._fleet is not None:
             await self._fleet.collect()
@@ -314,6 +323,7 @@ class Server:
         if self._queue is not None:
             deliveries = self._queue.webhooks.delivery
             self._page.set_webhooks(deliveries.delivered, deliveries.failed)
+            self._page.totals.update("queue", await self._queue.operators.snapshot())
         return self._page.render()
 
     async def reload(self) -> Reloaded:

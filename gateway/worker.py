@@ -28,6 +28,7 @@ from gateway.control import (
     Configure,
     Drain,
     Drained,
+    Draw,
     EndpointState,
     Failed,
     Heartbeat,
@@ -77,6 +78,9 @@ class Application(Protocol):
 
     def reload(self, config: Config) -> None:
         """Swap the configuration, whole or not at all."""
+
+    def draw(self, *, is_on: bool) -> None:
+        """Whether jobs of the queue are to be claimed from now on."""
 
     def unready(self) -> None:
         """From now on `/readyz` says no; requests are served as before."""
@@ -178,6 +182,8 @@ class Worker:
                 self._drain_order.put_nowait(message)
             case Report():
                 self._report(message.number)
+            case Draw() if self._application is not None:
+                self._application.draw(is_on=message.is_on)
             case EndpointState() | Probed() | Scraped() if self._application is not None:
                 self._application.hear(message)
 
