@@ -97,19 +97,17 @@ async def test_a_build_that_forgets_whose_file_it_is_is_caught(place, broken):
 async def is_not_shown_when_killed(place, monkeypatch):
     """At the moment when its content is made safe."""
 
-    class Killed(Exception):
-        pass
-
     def die(file):
-        raise Killed
+        raise KeyboardInterrupt
 
     draft = place.shelf.begin("acme", new_file_id(NOW))
     draft.write(b"x" * 1000)
     monkeypatch.setattr(shelf, "_sync", die)
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         draft.publish("x", "batch", NOW, 1000.0)
-    assert await place.files.find("acme", draft.id) is None
-    assert await place.files.page("acme", limit=10) == ([], False)
+    found, page = await place.files.find("acme", draft.id), await place.files.page("acme", limit=10)
+    draft.abandon()
+    assert (found, page) == (None, ([], False))
 
 
 async def test_a_file_is_not_shown_before_all_of_it_is_on_the_disk(place, monkeypatch):
