@@ -20,6 +20,7 @@ from pydantic import Field
 from gateway.http_rules import Refusal
 from gateway.overflow.batch_input import BatchInput, ChangedFileError, InputLine, LineError
 from gateway.overflow.batch_output import OutputLines, add_usage
+from gateway.overflow.bodies import BodyError
 from gateway.overflow.files import OUTPUT_PURPOSE, PURPOSE, Files
 from gateway.overflow.job import (
     RENEW_S,
@@ -266,7 +267,7 @@ class BatchWork:
                     await self._fail(lease, record, rules.errors)
                     return
             errors = await self._hand_in(parent, lease, record, file, rules)
-        except (StorageError, ChangedFileError) as error:
+        except (BodyError, ChangedFileError) as error:
             _log.error("batch %s: its input file cannot be read: %s", parent.id, error)
             errors = [LineError("file_unreadable", "the input file cannot be read", "input_file_id")]
         if errors:
@@ -357,7 +358,7 @@ class BatchWork:
                 cursor = page.cursor
                 if cursor is None:
                     break
-            keep_s = record.output_keep_s or self._files.settings.keep_s
+            keep_s = record.output_keep_s or self._files.settings().keep_s
             names = f"{parent.id}_output.jsonl", f"{parent.id}_error.jsonl"
             published = await self._files.run(lines.publish, names, OUTPUT_PURPOSE, self._clock(), keep_s)
         finally:

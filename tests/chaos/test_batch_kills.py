@@ -41,10 +41,11 @@ def line(number: int, filler: str = "") -> bytes:
 
 
 class Memory:
-    """The most that any worker had, above what it had at first, in bytes."""
+    """The most that any worker had, above what the first ones had at first, in bytes."""
 
     def __init__(self, gateway: Gateway) -> None:
-        self._first = {pid: resident(pid) for pid in worker_pids(gateway)}
+        self._gateway = gateway
+        self._first = max(resident(pid) for pid in worker_pids(gateway))
         self._is_over = threading.Event()
         self.growth_bytes = 0
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -59,9 +60,9 @@ class Memory:
 
     def _watch(self):
         while not self._is_over.wait(0.02):
-            for pid, first in self._first.items():
-                with contextlib.suppress(OSError):
-                    self.growth_bytes = max(self.growth_bytes, resident(pid) - first)
+            with contextlib.suppress(OSError):  # killed a moment ago
+                for pid in worker_pids(self._gateway):
+                    self.growth_bytes = max(self.growth_bytes, resident(pid) - self._first)
 
 
 def resident(pid: int) -> int:
@@ -84,8 +85,10 @@ def client_of(gateway: Gateway) -> openai.OpenAI:
 
 
 def kill_one(gateway: Gateway, chance: random.Random) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(chance.choice(worker_pids(gateway)), signal.SIGKILL)
+    """None, if both have just been killed."""
+    for pid in chance.sample(pids := worker_pids(gateway), min(1, len(pids))):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_workers_may_be_killed_while_a_batch_is_checked_and_run(running, capsys):

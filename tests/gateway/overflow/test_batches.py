@@ -91,7 +91,7 @@ class Process:
         self.store = Mortal(world.queue.store)
         self.admission = Admission()
         clock = lambda: world.queue.clock.time_s
-        self.files = Files(Shelf(world.directory / "files", Bodies()), FilesConfig(), clock)
+        self.files = Files(Shelf(world.directory / "files", Bodies()), FilesConfig, clock)
         self.door = Batches(
             self.store, Submitter(self.store, self.admission), self.files, owner, BatchesConfig, clock
         )

@@ -39,7 +39,7 @@ class Place:
         self.directory = directory
         self.time = NOW
         self.shelf = Shelf(directory, bodies or Bodies())
-        self.files = Files(self.shelf, FilesConfig(**settings), lambda: self.time)
+        self.files = Files(self.shelf, lambda: FilesConfig(**settings), lambda: self.time)
 
     async def upload(self, tenant="acme", data=None, **fields):
         return await self.files.upload(tenant, TYPE, in_pieces(data or form(**fields)))
