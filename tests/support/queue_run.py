@@ -47,12 +47,15 @@ class Receiver:
         self.told: list[Told] = []
         self.url = ""
         self._chance = chance
+        self._seen: set[str] = set()
 
     async def _hook(self, request: web.Request) -> web.Response:
         event = json.loads(await request.read())
-        if self._chance.random() < 0.05:
+        message_id = request.headers["webhook-id"]
+        if message_id not in self._seen and self._chance.random() < 0.05:
+            self._seen.add(message_id)  # a second time would be minutes until the next
             return web.Response(status=500)
-        self.told.append(Told(request.headers["webhook-id"], event["data"]["id"], event["type"]))
+        self.told.append(Told(message_id, event["data"]["id"], event["type"]))
         return web.Response()
 
     @contextlib.asynccontextmanager
@@ -230,16 +233,19 @@ class QueueRun:
     # -- killing
 
     async def _kill_workers(self, gateway: Gateway, kills: int) -> None:
+        is_fresh = True  # until all are up for the first time, one that dies ends the start
         for done in range(kills):
             self._may_submit = self._jobs * (done + 1) // kills
             await asyncio.sleep(
                 self._chance.uniform(0.05, 0.6)
             )  # not a wait for something: the moment of the kill
-            pids = await self._young_or_old(gateway)
-            _kill(self._chance.choice(pids))
+            ready = await self._ready(gateway, WORKERS if is_fresh else 1)
+            is_fresh = False
+            _kill(self._chance.choice(ready))
             self.kills += 1
             if done % KILLS_PER_ROUND == KILLS_PER_ROUND - 1 and done + 1 < kills:
                 await self._restart(gateway, is_graceful=self._chance.random() < 0.5)
+                is_fresh = True
 
     async def _kill_all(self, gateway: Gateway, kills: int) -> None:
         for done in range(kills):
@@ -258,12 +264,16 @@ class QueueRun:
                 _kill(pid)
         await asyncio.to_thread(gateway.start)
 
-    async def _young_or_old(self, gateway: Gateway) -> list[int]:
-        deadline = time.monotonic() + 60
-        while not (pids := worker_pids(gateway)):
+    async def _ready(self, gateway: Gateway, least: int) -> list[int]:
+        """Their process ids."""
+        deadline = time.monotonic() + 90
+        while True:
+            workers = (await asyncio.to_thread(gateway.manage, "/api/status"))["workers"]
+            ready = [worker["pid"] for worker in workers if worker["state"] == "ready"]
+            if len(ready) >= least:
+                return ready
             assert time.monotonic() < deadline, gateway.log()[-3000:]
             await asyncio.sleep(0.02)
-        return pids
 
     # -- evidence
 
@@ -309,11 +319,20 @@ class QueueRun:
         seen.begun, seen.finished = self._upstream.begun(), self._upstream.finished()
         gateway = Gateway(self._directory)
         seen.ledger = [Billed(row["request_id"], row["cost_nanousd"]) for row in gateway.rows()]
+        seen.held = await self._held()
+
+    async def _held(self) -> int:
+        """What is still reserved once that of killed workers has had the time to lapse."""
         limit = LimitConfig.model_validate(BUDGET).limit()
         limits = SqliteLimitStore(self._directory / "data")
-        _, (reading,) = await limits.read([limit.counter("tests", time.time_ns() // 1000)])
+        deadline = time.monotonic() + 90
+        while True:
+            _, (reading,) = await limits.read([limit.counter("tests", time.time_ns() // 1000)])
+            if not reading.held or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.5)
         await limits.close()
-        seen.held = reading.held
+        return reading.held
 
     def faults(self) -> list[str]:
         """What is otherwise than it should be, a sentence each."""
