@@ -164,6 +164,10 @@ class App:
         if self._queue is not None:
             self._queue.configured()
 
+    def draw(self, *, is_on: bool) -> None:
+        if self._queue is not None:
+            self._queue.drawing.pause(is_paused=not is_on)
+
     def unready(self) -> None:
         self._context.is_ready = False
 

@@ -175,6 +175,12 @@ class BlocksHeld(msgspec.Struct, tag=True):
     adapters: list[str] = []
 
 
+class Draw(msgspec.Struct, tag=True):
+    """Parent to worker: whether jobs are to be drawn from the queue from now on."""
+
+    is_on: bool
+
+
 class Drained(msgspec.Struct, tag=True):
     """Worker to parent, last: everything is settled and flushed. `cut` requests did not end by themselves."""
 
@@ -184,7 +190,7 @@ class Drained(msgspec.Struct, tag=True):
 OfHealth = EndpointState | Probed | Scraped | Membership
 OfEndpoint = OfHealth | BlocksHeld
 Told = EndpointState | Wanted
-ToWorker = Configure | Reload | Drain | Report | CountInFlight | OfEndpoint
+ToWorker = Configure | Reload | Drain | Report | Draw | CountInFlight | OfEndpoint
 ToParent = Ready | Failed | Reloaded | Heartbeat | Metrics | InFlight | Told | Drained
 
 

@@ -24,6 +24,7 @@ from gateway.control import (
     CountInFlight,
     Drain,
     Drained,
+    Draw,
     EndpointState,
     Failed,
     Heartbeat,
@@ -148,6 +149,7 @@ class Fleet:
         self._rotation = asyncio.Lock()
         self._is_stopping = False
         self._is_hurried = False
+        self._draws = True
         self._deadline_at = 0.0
 
     @property
@@ -248,6 +250,13 @@ class Fleet:
         self._set_deadline(0.0)
         for worker in self.workers():
             worker.send(Drain(timeout_s=0.0))
+
+    def draw(self, *, is_on: bool) -> None:
+        """Whether workers claim jobs, those that come later too."""
+        self._draws = is_on
+        for worker in self._workers.values():
+            if worker.state == "ready":
+                worker.send(Draw(is_on))
 
     def tell(self, word: OfEndpoint, but: str) -> None:
         """Every worker that is ready, but the one of this name."""
@@ -366,6 +375,8 @@ class Fleet:
                 worker.state = "ready"
                 worker.ready_at = worker.heard_at
                 worker.ready.set_result(None)
+                if not self._draws:
+                    worker.send(Draw(is_on=False))
                 for word in self._watcher.joined(worker.name) if self._watcher is not None else ():
                     worker.send(word)
             case EndpointState() if self._watcher is not None:

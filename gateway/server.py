@@ -34,6 +34,7 @@ from gateway.kv_feeds import KvFeeds
 from gateway.logs import start_logging, watch_loop
 from gateway.management.app import Plane
 from gateway.node import Node
+from gateway.overflow.operating import QueueOperators
 from gateway.overflow.service_queue import ServiceQueue
 from gateway.overflow.webhooks import QueueWebhooks
 from gateway.patrol import Patrol
@@ -172,7 +173,7 @@ class Server:
     async def _open_queue(self, pepper: bytes, ending: contextlib.AsyncExitStack) -> None:
         """Closed after the last worker is gone, whose jobs it gives back."""
         if self._config.queue.enabled:
-            self._queue = ServiceQueue(lambda: self._config, pepper)
+            self._queue = ServiceQueue(lambda: self._config, pepper, self._draw_jobs)
             ending.push_async_callback(self._queue.close)
             await self._queue.recover()
 
@@ -231,6 +232,10 @@ class Server:
 
     def _placed(self, config: Config) -> PlacedConfig:
         return PlacedConfig.of(config, self._simulators.placed() | self._engines.placed())
+
+    def _draw_jobs(self, is_on: bool) -> None:  # noqa: FBT001 - a callback's one argument
+        if self._fleet is not None:
+            self._fleet.draw(is_on=is_on)
 
     def _worker_count(self) -> int:
         if self._overrides.workers is not None:
@@ -346,6 +351,10 @@ class Server:
     def webhooks(self) -> QueueWebhooks | None:
         return None if self._queue is None else self._queue.webhooks
 
+    @property
+    def jobs(self) -> QueueOperators | None:
+        return None if self._queue is None else self._queue.operators
+
     async def metrics(self) -> bytes:
         if self._fleet is not None:
             await self._fleet.collect()
@@ -357,6 +366,7 @@ class Server:
         if self._queue is not None:
             deliveries = self._queue.webhooks.delivery
             self._page.set_webhooks(deliveries.delivered, deliveries.failed)
+            self._page.totals.update("queue", await self._queue.operators.snapshot())
         return self._page.render()
 
     async def reload(self) -> Reloaded:

@@ -30,6 +30,7 @@ from gateway.control import (
     CountInFlight,
     Drain,
     Drained,
+    Draw,
     EndpointState,
     Failed,
     Heartbeat,
@@ -86,6 +87,9 @@ class Application(Protocol):
 
     def reload(self, config: Config) -> None:
         """Swap the configuration, whole or not at all."""
+
+    def draw(self, *, is_on: bool) -> None:
+        """Whether jobs of the queue are to be claimed from now on."""
 
     def unready(self) -> None:
         """From now on `/readyz` says no; requests are served as before."""
@@ -189,6 +193,8 @@ class Worker:
                 self._report(message.number)
             case CountInFlight():
                 self._count(message)
+            case Draw() if self._application is not None:
+                self._application.draw(is_on=message.is_on)
             case EndpointState() | Probed() | Scraped() | Membership() | BlocksHeld() if (
                 self._application is not None
             ):

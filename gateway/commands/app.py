@@ -4,7 +4,7 @@ from importlib import metadata
 
 import typer
 
-from gateway.commands import batch, costs, engine, keys, ledger, limits, teams, webhooks
+from gateway.commands import batch, costs, engine, jobs, keys, ledger, limits, teams, webhooks
 from gateway.commands.check import check
 from gateway.commands.explain import explain
 from gateway.commands.serve import serve
@@ -26,6 +26,7 @@ app.add_typer(teams.app, name="teams")
 app.add_typer(limits.app, name="limits")
 app.add_typer(webhooks.app, name="webhooks")
 app.add_typer(batch.app, name="batch")
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(costs.app, name="costs")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(engine.app, name="engine")

@@ -24,7 +24,9 @@ from gateway.limit_lifecycle import UnknownLimitError, UnknownTeamError
 from gateway.limits_config import LimitConfig
 from gateway.management import engines, keys, limits
 from gateway.management.answers import answer, read_body
+from gateway.management.jobs import JobPaths
 from gateway.management.webhooks import WebhookPaths
+from gateway.overflow.operating import QueueOperators, UnknownJobError
 from gateway.overflow.webhooks import QueueWebhooks, UnknownEndpointError, UnknownMessageError
 from gateway.reload import Reloaded
 from gateway.spend import GroupBy, Period, moment_us, spend_by, total_spend
@@ -59,6 +61,10 @@ class Service(Protocol):
     @property
     def declared_key_names(self) -> frozenset[str]:
         """Callers' keys of the running configuration."""
+
+    @property
+    def jobs(self) -> QueueOperators | None:
+        """The queue's; None: there is no queue."""
 
     @property
     def webhooks(self) -> QueueWebhooks | None:
@@ -102,6 +108,7 @@ _NOUNS: Final[dict[type[LookupError], tuple[str, str]]] = {
     UnknownLimitError: ("limit", "/api/limits"),
     UnknownEndpointError: ("webhook", "/api/webhooks"),
     UnknownMessageError: ("message", "/api/webhooks/messages"),
+    UnknownJobError: ("job", "/api/jobs"),
 }
 
 
@@ -143,6 +150,7 @@ class Plane:
         app.router.add_put("/api/limits/raised", self._raise_limit)
         app.router.add_delete("/api/limits/raised", self._end_raise)
         WebhookPaths(lambda: self._service.webhooks).add_to(app)
+        JobPaths(lambda: self._service.jobs).add_to(app)
         return app
 
     @web.middleware

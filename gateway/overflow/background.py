@@ -16,6 +16,7 @@ from msgspec import Raw
 
 from backends.sse import decode
 from gateway.http_rules import Refusal
+from gateway.idempotency import HEADER
 from gateway.overflow.job import Job, Result, new_id
 from gateway.overflow.stand_in import read_head_event
 from gateway.overflow.store import QueueStore
@@ -116,6 +117,7 @@ class Background:
                 door=DOOR,
                 is_stream=is_stream,
                 webhook=webhook,
+                idempotency_key=next((value for name, value in headers if name == HEADER), b""),
                 details=_encode(echoed),
                 job_id=new_id("resp"),
             )

@@ -20,6 +20,7 @@ from pydantic import Field
 from gateway.http_rules import Refusal
 from gateway.overflow.batch_input import BatchInput, ChangedFileError, InputLine, LineError
 from gateway.overflow.batch_output import OutputLines, add_usage
+from gateway.overflow.bodies import BodyError
 from gateway.overflow.files import OUTPUT_PURPOSE, PURPOSE, Files
 from gateway.overflow.job import (
     RENEW_S,
@@ -49,7 +50,7 @@ _CHUNK_LINES: Final = 250
 _CHUNK_BYTES: Final = 2 * 1024 * 1024
 _PAGE: Final = 200
 _READ_BYTES: Final = 8 * 1024 * 1024  # of results held at once
-_PATIENCE_S: Final = 2.0
+_PATIENCE_S: Final = 5.0  # between tries to hand lines in
 # Longer than any file is looked for: answers must be there when the last line has ended.
 _KEEP_BEYOND_S: Final = 86_400.0
 # Refusals that end by themselves, soon.
@@ -266,7 +267,7 @@ class BatchWork:
                     await self._fail(lease, record, rules.errors)
                     return
             errors = await self._hand_in(parent, lease, record, file, rules)
-        except (StorageError, ChangedFileError) as error:
+        except (BodyError, ChangedFileError) as error:
             _log.error("batch %s: its input file cannot be read: %s", parent.id, error)
             errors = [LineError("file_unreadable", "the input file cannot be read", "input_file_id")]
         if errors:
@@ -327,7 +328,7 @@ class BatchWork:
             final = [denial for denial in denials if denial.code not in _WAITS]
             if final:
                 return [_line_error(*pair) for pair in zip(chunk, outcome, strict=True) if pair[1] in final]
-            await asyncio.sleep(min((d.retry_after_s or _PATIENCE_S for d in denials), default=_PATIENCE_S))
+            await asyncio.sleep(_PATIENCE_S)
 
     async def _fail(self, lease: ParentLease, record: BatchRecord, errors: list[LineError]) -> None:
         await self._store.fail_parent(lease, _encode(msgspec.structs.replace(record, errors=errors)))
@@ -357,7 +358,7 @@ class BatchWork:
                 cursor = page.cursor
                 if cursor is None:
                     break
-            keep_s = record.output_keep_s or self._files.settings.keep_s
+            keep_s = record.output_keep_s or self._files.settings().keep_s
             names = f"{parent.id}_output.jsonl", f"{parent.id}_error.jsonl"
             published = await self._files.run(lines.publish, names, OUTPUT_PURPOSE, self._clock(), keep_s)
         finally:

@@ -29,9 +29,11 @@ class Doors(NamedTuple):
     cancelled: Callable[[str], None]
 
     def start(self) -> None:
+        self.files.start()
         self.batches.start()
 
     async def stop(self) -> None:
         """Before the store is closed."""
         await self.batches.stop()
+        await self.files.stop()
         self.files.close()

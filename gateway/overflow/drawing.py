@@ -64,6 +64,7 @@ class Drawing:
         self._suspects: dict[str, int] = {}  # by lane, those that must run alone
         self._is_alone = False  # with one of those
         self._is_open = True
+        self._is_paused = False
         self._wanted = asyncio.Event()
         self._polled_at = 0.0
         self._renewed_at = time.monotonic()
@@ -101,6 +102,11 @@ class Drawing:
         if found is not None:
             found[0].stop("cancelled")
 
+    def pause(self, *, is_paused: bool) -> None:
+        """Claims nothing for now; what runs goes on."""
+        self._is_paused = is_paused
+        self._wanted.set()
+
     def close(self) -> None:
         """Claims nothing any more; what runs goes on."""
         self._is_open = False
@@ -134,7 +140,7 @@ class Drawing:
         if self._is_open and now - self._polled_at >= (_POLL_S if self._ready else _IDLE_POLL_S):
             self._polled_at = now
             self._take_in((await self._store.stats()).lanes)
-        if self._is_open and not self._is_alone:
+        if self._is_open and not self._is_alone and not self._is_paused:
             if self._suspects:
                 await self._draw_suspect()
             else:

@@ -6,6 +6,7 @@ bytes of a form and what is to be refused.
 
 import asyncio
 import functools
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -23,28 +24,39 @@ OUTPUT_PURPOSE: Final = "batch_output"
 _FIELD_BYTES: Final = 4096
 _LEAST_KEEP_S, _MOST_KEEP_S = 3600, 2_592_000  # as OpenAI has it
 _MAX_FILENAME: Final = 255
+_SWEEP_S: Final = 600.0
+
+_log = logging.getLogger(__name__)
 
 
 class Files:
     """One per worker. `clock` is wall clock, seconds."""
 
-    def __init__(self, shelf: Shelf, settings: FilesConfig, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, shelf: Shelf, settings: Callable[[], FilesConfig], clock: Callable[[], float] = time.time
+    ) -> None:
         self.settings = settings
         self._shelf = shelf
         self._clock = clock
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="files")
+        self._sweeping: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """From now on what has expired is deleted, here or by another worker."""
+        self._sweeping = asyncio.get_running_loop().create_task(self._sweep_on(), name="files")
 
     async def upload(
         self, tenant: str, content_type: bytes | None, pieces: AsyncIterator[bytes]
     ) -> FileRecord:
         """The file in a form, once all of it is on the disk. Refusal when form or file cannot be accepted."""
-        if await self.run(self._shelf.stored_bytes, tenant) >= self.settings.tenant_bytes:
+        settings = self.settings()
+        if await self.run(self._shelf.stored_bytes, tenant) >= settings.tenant_bytes:
             raise Refusal(
                 413,
                 "storage_limit_exceeded",
-                f"your files may take {self.settings.tenant_bytes} bytes together: delete some",
+                f"your files may take {settings.tenant_bytes} bytes together: delete some",
             )
-        upload = _Upload(self._shelf, tenant, self.settings, content_type)
+        upload = _Upload(self._shelf, tenant, settings, content_type)
         try:
             async for piece in pieces:
                 await self.run(upload.feed, piece)
@@ -91,9 +103,22 @@ class Files:
         """On one of the threads."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
+    async def stop(self) -> None:
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            await asyncio.wait({self._sweeping})
+
     def close(self) -> None:
         """Blocks until what is under way has ended."""
         self._threads.shutdown(wait=True)
+
+    async def _sweep_on(self) -> None:
+        while True:
+            try:
+                await self.sweep()
+            except OSError as error:
+                _log.error("files cannot be swept: %s", error)
+            await asyncio.sleep(_SWEEP_S)
 
     def _page(
         self, tenant: str, purpose: str, limit: int, after: str, *, is_ascending: bool

@@ -47,7 +47,9 @@ def job_document(job: Job, standing: Standing | None = None) -> dict[str, Any]:
         "eta_s": None if eta_s is None else round(eta_s, 1),
         "status_code": job.status or None,
         "cost_usd": None if job.cost_nanousd is None else job.cost_nanousd / 1e9,
-        "error": {"code": code or "retrying", "message": job.error} if job.error or code else None,
+        "error": {"code": code or "retrying", "message": job.error or f"it was {job.state}"}
+        if job.error or code
+        else None,
         "poll_url": f"/v1/jobs/{job.id}",
         "result_url": f"/v1/jobs/{job.id}/result",
         "is_purged": job.is_purged,

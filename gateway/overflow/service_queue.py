@@ -14,6 +14,7 @@ from gateway.overflow.bodies import open_bodies
 from gateway.overflow.endpoints import Endpoints
 from gateway.overflow.job import JobFilter
 from gateway.overflow.opening import node_of, open_endpoints, open_store, owner_name
+from gateway.overflow.operating import QueueOperators
 from gateway.overflow.store import StoreAwayError
 from gateway.overflow.webhooks import QueueWebhooks
 
@@ -25,9 +26,11 @@ _log = logging.getLogger(__name__)
 class ServiceQueue:
     """One per service. StorageError when its storage cannot be used."""
 
-    def __init__(self, config: Callable[[], Config], pepper: bytes) -> None:
+    def __init__(self, config: Callable[[], Config], pepper: bytes, draw: Callable[[bool], None]) -> None:
+        """`draw` tells every worker whether to claim jobs."""
         settings = config()
         self.store = open_store(settings, open_bodies(settings.queue.encryption))
+        self.operators = QueueOperators(self.store, draw)
         self._node = node_of(settings)
         self._owner = f"{self._node}:parent"  # the next one knows by it what this one had
         endpoints = Endpoints(lambda: config().queue.webhooks, open_endpoints(settings), pepper)

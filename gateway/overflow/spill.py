@@ -111,6 +111,8 @@ class Spill:
             door="job" if asked else "held",
             is_stream=exchange.is_stream,
             keep_s=None if asked else max(60.0, 2 * hold.attach_s),
+            # A 202 that got lost: the repetition is told of the same job. Held ones are found by their scope.
+            idempotency_key=request.headers.get(_IDEMPOTENCY, b"") if asked else b"",
         )
         job = await self._parts.submitter.submit(wish)
         if isinstance(job, Denial):

@@ -84,7 +84,7 @@ class WorkerQueue:
                 self.drawing.cancelled,
             )
         )
-        files = Files(open_shelf(config, bodies), config.queue.files)
+        files = Files(open_shelf(config, bodies), lambda: around.config().queue.files)
         self._endpoints = Endpoints(
             lambda: around.config().queue.webhooks, open_endpoints(config), around.pepper
         )

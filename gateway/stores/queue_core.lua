@@ -1,13 +1,12 @@
 -- Jobs in Redis: what gateway.stores.queue_moves and queue_turns do, for many nodes. The other queue_*.lua follow this text.
--- KEYS: what every key begins with (one hash tag). ARGV: verb, time in seconds or '', epoch, arguments (msgpack),
--- the names of a job's fields (msgpack), then whatever is binary.
--- An answer begins with 'ok', or with why not; jobs and parents are lists of their fields' texts.
+-- KEYS: what every key begins with (one hash tag). ARGV: time in seconds or '', epoch, the names of a job's fields (msgpack), how many
+-- calls follow; of each call its verb, its arguments (msgpack), how many binary ones there are, and these.
+-- The answer of a call begins with 'ok', or with why not. A job or parent is one text: the lengths of its fields with commas
+-- between (-1: there is none), a semicolon, the fields.
 local call, floor, max, min = redis.call, math.floor, math.max, math.min
 local P = KEYS[1] .. ':'
-local verb = ARGV[1]
-local arg = cmsgpack.unpack(ARGV[4])
-local FIELDS = cmsgpack.unpack(ARGV[5])
-local BINARY = 5
+local arg, BINARY  -- of the call at hand; what is binary begins after ARGV[BINARY]
+local FIELDS = cmsgpack.unpack(ARGV[3])
 local NONE = {}  -- a field that is to be removed
 local SUSPECT = '\1'
 local LEASE_S, DEATHS_SUSPECT, DEATHS_DEAD, AGEING_S, BATCH_EVERY = 30, 2, 3, 900, 20
@@ -17,7 +16,7 @@ local FINAL = {succeeded = true, failed = true, dead = true, cancelled = true, e
 local WAITING = {staged = true, queued = true}
 local STATES = {'staged', 'queued', 'running', 'cancelling', 'succeeded', 'failed', 'dead', 'cancelled', 'expired'}
 
-local now = tonumber(ARGV[2])
+local now = tonumber(ARGV[1])
 if not now then
   local time = call('TIME')
   now = tonumber(time[1]) + tonumber(time[2]) / 1e6
@@ -58,13 +57,22 @@ local function write(key, changes)
   if #gone > 0 then call('HDEL', key, unpack(gone)) end
 end
 
+local function packed(values)
+  local lengths = {}
+  for at = 1, #values do
+    lengths[at] = values[at] and #values[at] or -1
+    values[at] = values[at] or ''
+  end
+  return table.concat(lengths, ',') .. ';' .. table.concat(values)
+end
+
 local function job_key(id) return P .. 'job:' .. id end
 local function load(id, tenant)
   local row = read(job_key(id), FIELDS)
   if not row.id or (tenant and tenant ~= '' and tenant ~= row.tenant) then return nil end
   return row
 end
-local function shown(id) return call('HMGET', job_key(id), unpack(FIELDS)) end
+local function shown(id) return packed(call('HMGET', job_key(id), unpack(FIELDS))) end
 
 -- Turns.
 
@@ -347,9 +355,13 @@ local function over_caps(tenant, limits, jobs, size)
   end
 end
 
--- A new job: `job` has its plain fields, ARGV[at]... its binary ones: body, headers, caller, reservation, details.
+-- Of a new job: body, headers, caller, reservation, details, from ARGV[at] on.
 local BINARIES = 5
-local function insert(job, at, placed)
+local NOTHING = {'', '', '', '', ''}
+local function content(at) return {unpack(ARGV, at, at + BINARIES - 1)} end
+
+-- A new job: `job` has its plain fields.
+local function insert(job, parts, placed)
   local seq = call('INCR', P .. 'seq')
   local submitted = job.submitted_time or now
   local expires = min(job.expires_time or (submitted + job.expires_in_s), placed.expires_time or 1e15)
@@ -360,10 +372,10 @@ local function insert(job, at, placed)
   row.fence, row.attempts, row.runs, row.deaths, row.charged, row.status = 0, 0, 0, 0, 0, 0
   row.submitted_time, row.queued_time, row.expires_time, row.due_time = submitted, submitted, expires, expires
   row.result_bytes, row.is_purged, row.events, row.error, row.owner, row.usage = 0, 0, 0, '', '', ''
-  row.replay_of, row.replayed_as, row.details = job.replay_of or '', '', ARGV[at + 4]
+  row.replay_of, row.replayed_as, row.details = job.replay_of or '', '', parts[5]
   row.history = string.format('%.6f %s 0 - %s\n', now, placed.state, placed.reason or 'submitted')
   write(job_key(row.id), row)
-  write(payload_key(row.id), {body = ARGV[at], headers = ARGV[at + 1], caller = ARGV[at + 2], reservation = ARGV[at + 3], carried = ''})
+  write(payload_key(row.id), {body = parts[1], headers = parts[2], caller = parts[3], reservation = parts[4], carried = ''})
   call('ZADD', P .. 'due', text(expires), row.id)
   call('ZADD', P .. 'jobs', seq, row.id)
   call('ZADD', P .. 'jobs-of:' .. row.tenant, seq, row.id)
@@ -375,9 +387,8 @@ local function insert(job, at, placed)
   return row
 end
 
--- Whether this is the Redis that the caller knows. `begin` and `restore` ask for no epoch.
+-- By its epoch the caller knows whether this is the Redis it knew.
 local META = P .. 'meta'
 local epoch = call('HGET', META, 'epoch')
-if ARGV[3] ~= '*' and epoch ~= ARGV[3] then return {'epoch', epoch or ''} end
 
 local do_verb = {}

@@ -10,7 +10,7 @@ function do_verb.submit()
   if load(id, job.tenant) then return {'ok', 0, shown(id)} end
   local refused = over_caps(job.tenant, arg.limits, 1, job.body_bytes)
   if refused then return refused end
-  local row = insert(job, BINARY + 1, {state = 'queued', parent = '', position = 0})
+  local row = insert(job, content(BINARY + 1), {state = 'queued', parent = '', position = 0})
   weigh(row.line, row.tenant, arg.limits.weight)
   if job.scope then remember(job.scope, job.id) end
   return {'ok', 1, shown(job.id)}
@@ -45,7 +45,7 @@ function do_verb.claim()
         fence = max(row.fence, tonumber(epoch) * EPOCH_FENCES) + 1, runs = row.runs + 1, owner = owner,
         lease_until_time = now + LEASE_S, started_time = now, charged = row.estimate})
       charge(row, row.estimate)
-      return {'ok', shown(row.id), call('HMGET', payload_key(row.id), unpack(PAYLOAD))}
+      return {'ok', shown(row.id), packed(call('HMGET', payload_key(row.id), unpack(PAYLOAD)))}
     end
   end
   return {'ok'}
@@ -168,7 +168,7 @@ function do_verb.replay()
   local again = {id = arg.again, replay_of = row.id, expires_in_s = row.expires_time - row.submitted_time}
   for _, name in ipairs({'tenant', 'key_id', 'lane', 'model', 'path', 'door', 'job_class', 'is_stream', 'max_attempts', 'keep_s',
     'body_bytes', 'estimate', 'reference', 'webhook'}) do again[name] = row[name] end
-  insert(again, BINARY + 1, {state = 'queued', parent = '', position = 0, reason = 'replayed'})
+  insert(again, content(BINARY + 1), {state = 'queued', parent = '', position = 0, reason = 'replayed'})
   write(job_key(row.id), {replayed_as = arg.again})
   return {'ok', 1, shown(arg.again)}
 end
@@ -209,7 +209,7 @@ function do_verb.take_news()
     write(key, {owner = arg.owner, next_time = until_time})
     call('SADD', P .. 'took:' .. arg.owner, 'n' .. id)
     call('ZADD', P .. 'news-due', text(until_time), id)
-    found[#found + 1] = call('HMGET', key, unpack(arg.fields))
+    found[#found + 1] = packed(call('HMGET', key, unpack(arg.fields)))
   end
   return {'ok', found}
 end

@@ -1,4 +1,4 @@
-"""A node's side of a queue in Redis: its connections, the epoch it knows, and what it says again after Redis lost something.
+"""A node's side of a queue in Redis: its connection, the epoch it knows, and what it says again after Redis lost something.
 
 An epoch is one Redis that has lost nothing: a server that is new, was restarted or took over gets another one, and every
 script is refused that names an old one. Whoever is refused learns the new epoch, says there what its journal has that
@@ -6,11 +6,11 @@ was not said in it yet, and repeats its call. So a flush or a failover loses not
 """
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -31,6 +31,7 @@ _SCRIPT: Final = Script("".join(Path(__file__).with_name(f"queue_{part}.lua").re
 _ANY_EPOCH: Final = "*"
 _TRIES: Final = 3
 _AT_ONCE: Final = 200
+_GROUP: Final = 64  # calls in one trip
 _RELEASED: Final = 500
 _NOT_THERE: Final = -1
 _WAIT_MS: Final = 1000
@@ -41,13 +42,20 @@ _decode: Final = msgspec.msgpack.Decoder().decode
 _FIELDS: Final = _encode(JOB_FIELDS)
 
 
+class _Call(NamedTuple):
+    epoch: str
+    words: tuple[Any, ...]
+    answer: "asyncio.Future[list[Any]]"
+    is_promise: bool
+
+
 class QueueNode:
     """One per process. `grace_s`: how long nothing is claimed in a new epoch, so that ends are said before what has not ended.
     `replicas`: how many of them must have a job before it counts as accepted. `now_us`: instead of the server's time."""
 
     def __init__(
         self,
-        connections: Sequence[RedisConnection],
+        connection: RedisConnection,
         journal: Journal,
         *,
         grace_s: float = 5.0,
@@ -56,11 +64,11 @@ class QueueNode:
     ) -> None:
         self.journal = journal
         self.times_met = 0  # epochs that were new to this process
-        self._connections = connections
-        self._free: asyncio.LifoQueue[RedisConnection] = asyncio.LifoQueue()
-        for connection in connections:
-            self._free.put_nowait(connection)
-        self._key = connections[0].key("queue")
+        self._connection = connection
+        self._key = connection.key("queue")
+        self._turn = asyncio.Lock()
+        self._waiting: deque[_Call] = deque()
+        self._sending: asyncio.Task[None] | None = None
         self._grace_s, self._replicas, self._now_us = grace_s, replicas, now_us
         self._epoch = ""  # as far as known
         self._meeting = asyncio.Lock()
@@ -107,16 +115,7 @@ class QueueNode:
 
     async def close(self) -> None:
         await self.journal.close()
-        for connection in self._connections:
-            await connection.close()
-
-    @contextlib.asynccontextmanager
-    async def _connection(self) -> AsyncIterator[RedisConnection]:
-        connection = await self._free.get()
-        try:
-            yield connection
-        finally:
-            self._free.put_nowait(connection)
+        await self._connection.close()
 
     async def _call(
         self,
@@ -127,28 +126,51 @@ class QueueNode:
         *,
         is_promise: bool = False,
     ) -> list[Any]:
+        """One call's answer. Calls that wait for the connection go together: one trip, one script."""
+        answer: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        words = (verb, _encode(arguments), len(binary), *binary)
+        self._waiting.append(_Call(epoch, words, answer, is_promise))
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.create_task(self._send())
+        return await answer
+
+    async def _send(self) -> None:
+        while self._waiting:
+            epoch, group = self._waiting[0].epoch, list[_Call]()
+            while self._waiting and len(group) < _GROUP and self._waiting[0].epoch == epoch:
+                group.append(self._waiting.popleft())
+            answers: list[Any]
+            try:
+                answers = await self._run(epoch, group)
+            except StoreAwayError as error:
+                self._epoch = ""  # it may be another one when it is back
+                answers = [error] * len(group)
+            except BaseException as error:
+                answers = [StoreAwayError(f"it failed ({type(error).__name__})")] * len(group)
+                raise
+            finally:
+                _deliver(group, answers)
+
+    async def _run(self, epoch: str, group: Sequence["_Call"]) -> list[Any]:
         now = "" if self._now_us is None else repr(self._now_us() / 1e6)
-        words = (verb, now, epoch, _encode(arguments), _FIELDS, *binary)
-        try:
-            async with self._connection() as connection:
-                answer: list[Any] = await connection.run(_SCRIPT, (self._key,), words)
-                found = self._replicas
-                if is_promise and found and answer[0] == b"ok":
-                    found = await connection.call("WAIT", self._replicas, _WAIT_MS)
-        except StoreAwayError:
-            self._epoch = ""  # it may be another one when it is back
-            raise
-        if found < self._replicas:
-            raise StoreAwayError(f"only {found} of {self._replicas} replicas have it")
-        return answer
+        words = [now, epoch, _FIELDS, len(group), *(word for call in group for word in call.words)]
+        async with self._turn:
+            answers: list[Any] = await self._connection.run(_SCRIPT, (self._key,), words)
+            if self._replicas and any(call.is_promise for call in group):
+                found = await self._connection.call("WAIT", self._replicas, _WAIT_MS)
+                if found < self._replicas:
+                    raise StoreAwayError(f"only {found} of {self._replicas} replicas have it")
+        return answers
 
     async def _meet(self) -> str:
         """Which epoch it is; what was not said in it is."""
         async with self._meeting:
             if self._epoch:
                 return self._epoch
-            async with self._connection() as connection:
-                server = await connection.call("INFO", "server")
+            try:
+                server = await self._server()
+            except StoreAwayError:
+                server = await self._server()  # that may only have been a connection of before a restart
             asked = {"run_id": str(server["run_id"]), "grace_s": self._grace_s}
             epoch = str((await self._call("begin", _ANY_EPOCH, asked))[1].decode())
             said = await self._say_again(epoch)
@@ -160,6 +182,11 @@ class QueueNode:
             self.times_met += 1
             self._epoch = epoch
             return epoch
+
+    async def _server(self) -> dict[str, Any]:
+        async with self._turn:
+            found: dict[str, Any] = await self._connection.call("INFO", "server")
+        return found
 
     async def _say_again(self, epoch: str) -> int:
         """Ends first; then parents, what belongs to them, and what became of them. How many of all."""
@@ -224,6 +251,16 @@ class QueueNode:
         while (left := await self._say(epoch, "restore_release", arguments | {"most": _RELEASED})) > 0:
             continue
         return left != _NOT_THERE
+
+
+def _deliver(group: Sequence[_Call], answers: Sequence[Any]) -> None:
+    for call, answer in zip(group, answers, strict=True):
+        if call.answer.done():
+            continue  # whoever asked was cancelled
+        if isinstance(answer, StoreAwayError):
+            call.answer.set_exception(answer)
+        else:
+            call.answer.set_result(answer)
 
 
 def _refusal(answer: list[Any]) -> QueueStoreError:

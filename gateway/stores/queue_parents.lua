@@ -9,7 +9,7 @@ local function load_parent(id, tenant)
   if not row.id or (tenant and tenant ~= '' and tenant ~= row.tenant) then return nil end
   return row
 end
-local function shown_parent(id) return call('HMGET', parent_key(id), unpack(PARENT)) end
+local function shown_parent(id) return packed(call('HMGET', parent_key(id), unpack(PARENT))) end
 
 local function at_work(row, is_in)
   if is_in then call('ZADD', P .. 'parents-at-work:' .. row.door, text(row.seq), row.id)
@@ -99,7 +99,7 @@ end
 -- Children at positions from the parent's total on; their binary parts begin at ARGV[at].
 local function add(row, state, at)
   for n, job in ipairs(arg.jobs) do
-    insert(job, at + (n - 1) * BINARIES, {state = state, parent = row.id, position = row.total + n - 1,
+    insert(job, content(at + (n - 1) * BINARIES), {state = state, parent = row.id, position = row.total + n - 1,
       expires_time = row.expires_time})
     weigh(job.lane, job.tenant, arg.limits.weight)
   end

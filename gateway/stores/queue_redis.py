@@ -52,6 +52,7 @@ from gateway.stores.queue_reply import (
     lease_words,
     news_from,
     parent_from,
+    payload_of,
     plain_job,
     plain_limits,
     plain_parent,
@@ -60,8 +61,6 @@ from gateway.stores.queue_reply import (
 from gateway.stores.queue_schema import JobRow, job_of
 from gateway.stores.sqlite import StorageError
 
-# Of one process. Scripts run one after the other on the server, but their words travel beside each other.
-_CONNECTIONS: Final = 4
 _TIMEOUT_S: Final = 5.0  # a thousand children at once take a while
 _NO_LEDGER: Final = (b"", b"", b"", b"")
 
@@ -146,7 +145,7 @@ class RedisQueueStore:
         answer = await self._node.ask("claim", {"lane": lane, "owner": owner, "is_alone": is_alone})
         if not answer:
             return None
-        row, payload = job_row(answer[0]), answer[1]
+        row, payload = job_row(answer[0]), payload_of(answer[1])
         self._leased[row.id] = row
         return Claimed(
             job=job_of(row),
@@ -331,8 +330,9 @@ class RedisQueueStore:
     # -- the operator's side
 
     async def replay(self, tenant: str, job_id: str) -> Job | None:
-        (payload,) = await self._node.ask("payload", {"tenant": tenant, "id": job_id}) or (None,)
-        if payload is None or payload[0] is None:
+        (found,) = await self._node.ask("payload", {"tenant": tenant, "id": job_id}) or (None,)
+        payload = [] if found is None else payload_of(found)
+        if not payload:
             return None
         again_id = replay_id(job_id)
         body = self._content.write(self._read(payload[0], job_id, "body"), again_id, "body")
@@ -459,5 +459,5 @@ def open_queue(
     settings: RedisConfig, storage: Path, content: Content, *, replicas: int = 0
 ) -> RedisQueueStore:
     """StorageError when the journal cannot be used; nothing is sent yet."""
-    connections = [connect(settings, _TIMEOUT_S) for _ in range(_CONNECTIONS)]
-    return RedisQueueStore(QueueNode(connections, Journal(storage), replicas=replicas), content)
+    node = QueueNode(connect(settings, _TIMEOUT_S), Journal(storage), replicas=replicas)
+    return RedisQueueStore(node, content)

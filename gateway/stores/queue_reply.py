@@ -72,15 +72,35 @@ _NEWS: Final = msgspec.structs.fields(OutboxRow)
 _NEWS_CONVERT: Final = tuple(_converter(field.type) for field in _NEWS)
 
 
-def job_row(values: Sequence[bytes | None]) -> JobRow:
+def unpacked(packed: bytes) -> list[bytes | None]:
+    """The fields of a text: their lengths (-1: there is none), a semicolon, the fields."""
+    lengths, _, content = packed.partition(b";")
+    fields: list[bytes | None] = []
+    at = 0
+    for length in map(int, lengths.split(b",")):
+        if length < 0:
+            fields.append(None)
+        else:
+            fields.append(content[at : at + length])
+            at += length
+    return fields
+
+
+def payload_of(packed: bytes) -> list[bytes]:
+    """Body, headers, caller, reservation and what was carried; empty when it is gone."""
+    return [field for field in unpacked(packed) if field is not None]
+
+
+def job_row(packed: bytes) -> JobRow:
     """From the texts of JOB_FIELDS."""
-    pairs = zip(_JOB_CONVERT, values, strict=True)
+    pairs = zip(_JOB_CONVERT, unpacked(packed), strict=True)
     fields: list[Any] = [None if value is None else convert(value) for convert, value in pairs]
     return JobRow(*fields)
 
 
-def parent_from(values: Sequence[bytes | None]) -> Parent:
+def parent_from(packed: bytes) -> Parent:
     """From the texts of a parent's fields, and its counts."""
+    values = unpacked(packed)
     own = len(_PARENT)
     fields: dict[str, Any] = {
         field.name: None if value is None else convert(value)
@@ -92,8 +112,8 @@ def parent_from(values: Sequence[bytes | None]) -> Parent:
     return parent_of(ParentRow(counts=counts, **fields))
 
 
-def news_from(values: Sequence[bytes | None]) -> OutboxRow:
-    pairs = zip(_NEWS, _NEWS_CONVERT, values, strict=True)
+def news_from(packed: bytes) -> OutboxRow:
+    pairs = zip(_NEWS, _NEWS_CONVERT, unpacked(packed), strict=True)
     fields: dict[str, Any] = {f.name: None if v is None else convert(v) for f, convert, v in pairs}
     return OutboxRow(**fields)
 

@@ -11,9 +11,9 @@ function do_verb.begin()
   return {'ok', epoch}
 end
 
-local function restored(job, at, state)
+local function restored(job, parts, state)
   local parent = job.parent ~= '' and load_parent(job.parent)
-  local row = insert(job, at, {state = state, parent = job.parent, position = job.position, reason = 'restored'})
+  local row = insert(job, parts, {state = state, parent = job.parent, position = job.position, reason = 'restored'})
   if parent then
     call('HINCRBY', parent_key(parent.id), state, 1)
     write(parent_key(parent.id), {total = max(parent.total, job.position + 1)})
@@ -28,7 +28,7 @@ function do_verb.restore_job()
   if load(job.id) then return {'ok', 0} end
   local parent = job.parent ~= '' and load_parent(job.parent)
   local is_staged = job.parent ~= '' and (not parent or parent.state == 'validating')
-  restored(job, BINARY + 1, is_staged and 'staged' or 'queued')
+  restored(job, content(BINARY + 1), is_staged and 'staged' or 'queued')
   return {'ok', 1}
 end
 
@@ -42,9 +42,7 @@ function do_verb.restore_end()
   end
   if row and row.lease_until_time and arg.is_intent and not is_held(row, lease) then return {'ok', 0} end
   if not row then
-    -- Nothing of its request is needed any more. ARGV beyond its end is nothing.
-    for n = 0, 4 do ARGV[BINARY + 10 + n] = '' end
-    restored(job, BINARY + 10, 'queued')
+    restored(job, NOTHING, 'queued')  -- nothing of its request is needed any more
     row = load(job.id)
   end
   keep_answer(row)
@@ -113,4 +111,12 @@ function do_verb.ended()
   return {'ok', found}
 end
 
-return do_verb[verb]()
+local answers, at = {}, 5
+for n = 1, tonumber(ARGV[4]) do
+  local verb = ARGV[at]
+  arg, BINARY = cmsgpack.unpack(ARGV[at + 1]), at + 2
+  at = at + 3 + tonumber(ARGV[at + 2])
+  if verb ~= 'begin' and epoch ~= ARGV[2] then answers[n] = {'epoch', epoch or ''}
+  else answers[n] = do_verb[verb]() end
+end
+return answers

@@ -99,7 +99,7 @@ end
 
 function do_verb.payload()
   local row = load(arg.id, arg.tenant)
-  return {'ok', row and call('HMGET', payload_key(row.id), unpack(PAYLOAD))}
+  return {'ok', row and packed(call('HMGET', payload_key(row.id), unpack(PAYLOAD)))}
 end
 
 function do_verb.events()
@@ -195,7 +195,7 @@ function do_verb.list_news()
   local key = arg.subject == '' and 'news-made' or 'news-of:' .. arg.subject
   local found = {}
   for _, id in ipairs(call('ZREVRANGE', P .. key, 0, arg.most - 1)) do
-    found[#found + 1] = call('HMGET', P .. 'news:' .. id, unpack(arg.fields))
+    found[#found + 1] = packed(call('HMGET', P .. 'news:' .. id, unpack(arg.fields)))
   end
   return {'ok', found}
 end

@@ -81,7 +81,7 @@ def error_of(status: int, body: bytes) -> tuple[int, dict[str, Any]]:
     error = found if isinstance(found, _Error) else _Error(message=found or "the model's upstream failed")
     code = str(error.code or "")
     told_status, number = _BY_CODE.get(code) or _BY_STATUS.get(status) or (status, INTERNAL)
-    if number == QUOTA and error.limit is None and code not in {"budget_exceeded", "rate_limit_exceeded"}:
+    if number == QUOTA and error.limit is None and code != "budget_exceeded":
         # An upstream's own 429: whose quota it is, only it knows; for the caller it is room that is missing.
         number = OUT_OF_CAPACITY
     entry: dict[str, Any] = {"code": number, "message": error.message}

@@ -48,11 +48,12 @@ def redis_queue(
     server: RedisServer, directory: Path, clock: QueueClock | None = None, **settings: Any
 ) -> RedisQueueStore:
     """A process's view; those of one `directory` are on one node."""
-    connections = [RedisConnection(server.url, "t", timeout_s=10.0) for _ in range(2)]
+    timeout_s = settings.pop("timeout_s", 10.0)
     journal = Journal(directory, clocks=None if clock is None else clock.clocks)
     grace_s = settings.pop("grace_s", 0.0)
     now_us = None if clock is None else clock.now_us
-    node = QueueNode(connections, journal, grace_s=grace_s, now_us=now_us, **settings)
+    connection = RedisConnection(server.url, "t", timeout_s=timeout_s)
+    node = QueueNode(connection, journal, grace_s=grace_s, now_us=now_us, **settings)
     return RedisQueueStore(node, Content())
 
 

@@ -6,11 +6,13 @@ import os
 import pytest
 
 from gateway.http_rules import Refusal
+from gateway.overflow import shelf
 from gateway.overflow.bodies import Bodies, BodyError
 from gateway.overflow.files import Files
 from gateway.overflow.sealing import AesSeal
-from gateway.overflow.shelf import FRAME_BYTES, FilesConfig, Shelf, new_file_id
+from gateway.overflow.shelf import FRAME_BYTES, Draft, FilesConfig, Shelf, new_file_id
 from gateway.stores.sqlite import StorageError
+from tests.mutants import batches as mutants
 
 TYPE = b"multipart/form-data; boundary=b"
 NOW = 1_800_000_000.0
@@ -37,7 +39,7 @@ class Place:
         self.directory = directory
         self.time = NOW
         self.shelf = Shelf(directory, bodies or Bodies())
-        self.files = Files(self.shelf, FilesConfig(**settings), lambda: self.time)
+        self.files = Files(self.shelf, lambda: FilesConfig(**settings), lambda: self.time)
 
     async def upload(self, tenant="acme", data=None, **fields):
         return await self.files.upload(tenant, TYPE, in_pieces(data or form(**fields)))
@@ -66,12 +68,56 @@ async def test_what_was_uploaded_comes_back_byte_for_byte(place):
         assert await place.content("acme", found) == content
 
 
-async def test_a_file_is_its_tenants_own(place):
+@pytest.fixture
+def broken():
+    """Applies a mutant for one test."""
+    saved = Shelf._folder, Draft.publish
+    yield lambda name: mutants.MUTANTS[name]()
+    Shelf._folder, Draft.publish = saved
+
+
+async def is_its_tenants_own(place):
     record = await place.upload()
     assert await place.files.find("other", record.id) is None
     assert not await place.files.delete("other", record.id)
     assert await place.files.page("other", limit=10) == ([], False)
     assert await place.files.find("acme", record.id) == record
+
+
+async def test_a_file_is_its_tenants_own(place):
+    await is_its_tenants_own(place)
+
+
+async def test_a_build_that_forgets_whose_file_it_is_is_caught(place, broken):
+    broken("forgets_whose_file_it_is")
+    with pytest.raises(AssertionError):
+        await is_its_tenants_own(place)
+
+
+async def is_not_shown_when_killed(place, monkeypatch):
+    """At the moment when its content is made safe."""
+
+    def die(file):
+        raise KeyboardInterrupt
+
+    draft = place.shelf.begin("acme", new_file_id(NOW))
+    draft.write(b"x" * 1000)
+    monkeypatch.setattr(shelf, "_sync", die)
+    with pytest.raises(KeyboardInterrupt):
+        draft.publish("x", "batch", NOW, 1000.0)
+    found, page = await place.files.find("acme", draft.id), await place.files.page("acme", limit=10)
+    draft.abandon()
+    assert (found, page) == (None, ([], False))
+
+
+async def test_a_file_is_not_shown_before_all_of_it_is_on_the_disk(place, monkeypatch):
+    await is_not_shown_when_killed(place, monkeypatch)
+
+
+async def test_a_build_that_shows_it_earlier_is_caught(place, monkeypatch, broken):
+    broken("shows_a_file_before_it_is_whole")
+    with pytest.raises(AssertionError):
+        await is_not_shown_when_killed(place, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["../x", "file-..", "", "file-" + "g" * 44, "file-" + "0" * 44])
