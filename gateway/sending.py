@@ -155,8 +155,7 @@ class Sending:
         )
         if candidate.target.pool.priority:
             start = with_priority(start, exchange, candidate.target.pool)
-        if endpoint.orca is not None:
-            start = endpoint.orca.ask(start, now)
+        start = start if endpoint.orca is None else endpoint.orca.ask(start, now)
         self._open(exchange)
         if handover is None:
             reply = await endpoint.connections.send(start, encoded.body, deadlines)
