@@ -147,7 +147,7 @@ class Engines:
                     for replica in pool.replicas
                     for endpoint in replica.plan.endpoints
                 ),
-                api_key=SecretStr(self._key),
+                api_key=SecretStr(pool.order.plans[0].api_key),
             )
             for name, pool in pools.items()
         }
@@ -236,7 +236,7 @@ class Engines:
 
     async def _take_over(self, config: Config, launcher: Launcher, found: list[EngineProcess]) -> None:
         """Engines of a gateway that is gone: those of a pool that still is there may be adopted, the others end."""
-        specs = _specs(config)
+        specs, own_keys = _specs(config), _own_keys(config)
         adoptable = [
             engine
             for engine in found
@@ -244,7 +244,8 @@ class Engines:
         ]
         for engine in adoptable:
             record = engine.record
-            self._key = self._key or record.api_key
+            if record.pool not in own_keys:
+                self._key = self._key or record.api_key
             if record.ports is not None:
                 self._ports.hold(record.name, *record.ports)
         self._key = self._key or secrets.token_urlsafe(_KEY_BYTES)
@@ -264,7 +265,7 @@ class Engines:
         if not specs:
             return {}
         site = Site(this_machine(os.environ), self._ports, run_directory(self._storage), api_key=self._key)
-        return orders_of(specs, site)
+        return orders_of(specs, site, _own_keys(config))
 
     async def _scale(self) -> None:
         while True:
@@ -314,6 +315,12 @@ class Engines:
             "log": str(self._records.log_path(plan.name)) if self._records is not None else "",
             "endpoints": [endpoint.name for endpoint in plan.endpoints],
         }
+
+
+def _own_keys(config: Config) -> dict[str, str]:
+    """By pool, where the configuration has one: engines on other machines are started with it, too."""
+    keys = {name: pool.api_key for name, pool in config.pools.items() if pool.api_key is not None}
+    return {name: key.get_secret_value() for name, key in keys.items() if key.get_secret_value()}
 
 
 def _specs(config: Config) -> Mapping[str, VllmConfig]:

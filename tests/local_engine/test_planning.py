@@ -7,6 +7,7 @@ import pytest
 from local_engine.command import inherited
 from local_engine.free_ports import FreePorts
 from local_engine.gpus import Machine
+from local_engine.orders import orders_of
 from local_engine.plan import PlanError
 from local_engine.planning import fixed_ports, plan_pool, plan_pools, plan_replica, process_env, run_directory
 from local_engine.vllm_config import VllmConfig
@@ -80,9 +81,9 @@ def test_the_run_directory_is_short_however_deep_the_data_directory_is(tmp_path)
 
 
 def test_pools_of_other_machines_may_have_a_key_of_their_own():
-    plans = plan_pools({"a": spec(), "b": spec()}, site(), {"b": "its-own"})
-    assert plans["a"].replicas[0].env["VLLM_API_KEY"] == "the-key-of-this-start"
-    assert plans["b"].replicas[0].env["VLLM_API_KEY"] == plans["b"].replicas[0].api_key == "its-own"
+    orders = orders_of({"a": spec(), "b": spec()}, site(), {"b": "its-own"})
+    assert orders["a"].plans[0].env["VLLM_API_KEY"] == "the-key-of-this-start"
+    assert orders["b"].plans[0].env["VLLM_API_KEY"] == orders["b"].plans[0].api_key == "its-own"
 
 
 def test_an_engine_inherits_no_providers_key():

@@ -67,6 +67,14 @@ def test_a_plan_for_programs_has_the_words_of_each_command(config):
     assert first["memory"]["weights_bytes"] == 16_380_000_000
 
 
+def test_a_pool_that_could_not_grow_as_it_says_is_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("pools: {gpu: {vllm: {model: Qwen/Qwen3-8B, scale: {max: 4}}}}")
+    code, output = run(plan, "--config", str(path), "--gpus", "2x80")
+    assert code == 1
+    assert "replica 2 needs 1 GPUs and 0 of 2 are free" in output
+
+
 def test_a_pool_that_is_off_can_be_planned_by_its_name(config):
     code, output = run(plan, "--config", config, "--pool", "cold")
     assert code == 0
