@@ -18,19 +18,22 @@ from tests.support.engine_pool import (
     is_alive,
     kill,
 )
-from tests.support.gateway_process import OPERATOR_KEY
+from tests.support.gateway_process import OPERATOR_KEY, ROOT
 from tests.support.load import MODEL
 
 pytestmark = pytest.mark.e2e
 
+LOGS = ROOT / "tests/local_engine/start_logs"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePool]:
-    """Three slots, two of which run."""
+    """Three slots, two of which run; and a pool that does not start."""
     spec = fake_spec(scale={"min": 0, "max": 3, "down_after_s": 3600})
-    with EnginePool(tmp_path_factory.mktemp("gateway"), spec) as running:
+    broken = fake_spec(replicas=1, env={"FAKE_VLLM_FAULT": f"exit:{LOGS / 'missing_weights.log'}"})
+    directory = tmp_path_factory.mktemp("gateway")
+    with EnginePool(directory, spec, more_pools={"broken": {"vllm": broken}}) as running:
         running.wait(lambda: running.states() == ["ready", "ready", "planned"])
         yield running
         everything = everything_of(running)
@@ -70,7 +73,8 @@ async def test_a_rolling_restart_at_steady_load_fails_no_request(two_ready):
     finally:
         await load.stop()
     after = {name: replica["pid"] for name, replica in gateway.engines().items()}
-    assert {name for name in before if before[name] != after[name]} == {"gpu/0", "gpu/1"}
+    assert before["gpu/0"] != after["gpu/0"]
+    assert before["gpu/1"] != after["gpu/1"]
     assert not failed(load.calls)
     assert len(load.calls) > 20, "too little load to show anything"
     assert {row["endpoint"] for row in gateway.rows()} >= {"gpu/0", "gpu/1"}
@@ -152,3 +156,19 @@ def test_the_status_is_a_table_for_people_and_json_for_programs(two_ready):
     assert [replica["state"] for replica in told["pools"][0]["replicas"]] == ["ready", "ready", "planned"]
     assert gateway.metrics()['headgate_engine_state{engine="gpu/1",state="ready"}'] == 1
     assert "VLLM_API_KEY" not in json.dumps(told)
+
+
+def test_an_engine_that_cannot_start_says_why_and_a_reload_cures_it(two_ready):
+    gateway = two_ready
+    gateway.wait(lambda: gateway.states("broken") == ["crash_looped"])
+    cause = gateway.engines()["broken/0"]["cause"]
+    assert "Cannot find any model weights with `/models/noweights`" in cause
+    assert "the model is not there" in headgate(gateway, "status")
+    gateway.wait_log("an engine is given up until it is told to try again")
+    before = {name: replica["pid"] for name, replica in gateway.engines().items()}
+    del gateway.config["pools"]["broken"]["vllm"]["env"]["FAKE_VLLM_FAULT"]
+    gateway.write_config()
+    assert gateway.manage("/api/reload", "POST")["applied"]
+    gateway.wait(lambda: gateway.states("broken") == ["ready"])
+    after = {name: replica["pid"] for name, replica in gateway.engines().items()}
+    assert {name for name in after if after[name] != before[name]} == {"broken/0"}

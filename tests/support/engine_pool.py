@@ -57,8 +57,8 @@ class EnginePool(Gateway):
     def pool(self, name: str = "gpu") -> dict[str, Any]:
         return next(pool for pool in self.manage("/api/engines")["pools"] if pool["pool"] == name)
 
-    def states(self) -> list[str]:
-        return [replica["state"] for replica in self.engines().values()]
+    def states(self, pool: str = "gpu") -> list[str]:
+        return [replica["state"] for replica in self.pool(pool)["replicas"]]
 
     def act(self, action: str, pool: str = "gpu", **body: Any) -> Any:
         return self.manage(f"/api/engines/{pool}/{action}", "POST", body)
@@ -66,7 +66,7 @@ class EnginePool(Gateway):
     def wait(self, condition: Callable[[], bool], within_s: float = 90.0) -> None:
         deadline = time.monotonic() + within_s
         while not condition():
-            assert time.monotonic() < deadline, f"{self.engines()}\n{self.log()[-4000:]}"
+            assert time.monotonic() < deadline, f"it did not happen:\n{self.log()[-4000:]}"
             time.sleep(0.1)
 
     async def until(self, condition: Callable[[], bool], within_s: float = 90.0) -> None:
