@@ -215,7 +215,9 @@ class CatalogBuilder:
             built.prefillers = self._placers.prefillers(
                 pool, settings.placement, settings.prefill, upstream_model
             )
-        built.blocks = self._placers.blocks(pool) if built.placer is not None else None
+        if built.placer is not None:
+            built.blocks = self._placers.blocks(pool)
+            built.patience_s = self._placement(target.upstream).tokenize_timeout_s
         if target.deadlines is not None:
             built.deadlines = target.deadlines.over(self._deadlines(target.upstream))
         return built

@@ -19,6 +19,7 @@ from pydantic import SecretStr
 
 from backends.member import Member
 from gateway.config import Config
+from gateway.gpu_watch import GpuWatch
 from gateway.placed import PlacedPool
 from local_engine.engine_process import EngineProcess, Launcher, leftovers
 from local_engine.engine_records import EngineRecords, TakenError
@@ -75,6 +76,7 @@ class Engines:
         self._workers = workers
         self._ports = FreePorts()
         self._key = ""
+        self._gpus = GpuWatch()
         self._records: EngineRecords | None = None
         self._prober: HttpProber | None = None
         self._supervisor: Supervisor | None = None
@@ -130,6 +132,7 @@ class Engines:
             await self._prober.close()
         if self._records is not None:
             self._records.close()
+        self._gpus.close()
 
     def placed(self) -> dict[str, PlacedPool]:
         """Members of the pools, open or not, by pool. What is told to workers after this is told by name."""
@@ -310,6 +313,7 @@ class Engines:
             "pid": replica.process.pid if replica.process is not None else None,
             "port": plan.port,
             "gpus": [gpu.index for gpu in plan.gpus],
+            **self._gpus.load(plan.gpus),
             "restarts": replica.restarts,
             "cause": replica.cause.text if replica.cause is not None else "",
             "log": str(self._records.log_path(plan.name)) if self._records is not None else "",
