@@ -60,11 +60,12 @@ class Upstreams:
             for member in members:
                 key = (pool.name, member.base_url, member.rank)
                 known = self._endpoints.get(key)
-                if known is not None and known[0] == shared:
+                own = _own(shared, member)
+                if known is not None and known[0] == own:
                     endpoint = known[1]
                     endpoint.name = member.name
                 else:
-                    endpoint = _endpoint(shared, member)
+                    endpoint = _endpoint(own, member)
                 if pool.members:
                     # Whoever named it will name the one that follows it so, at whatever address.
                     endpoint.hash_key = member.name.encode()
@@ -74,7 +75,7 @@ class Upstreams:
                 endpoint.max_waiting = pool.placement.max_waiting
                 endpoint.processes = self._processes
                 endpoint.orca = _orca(pool.health)
-                kept[key] = (shared, endpoint)
+                kept[key] = (own, endpoint)
             built = [(m.role, kept[pool.name, m.base_url, m.rank][1]) for m in members]
             pools[pool.name] = Pool(
                 pool.name,
@@ -144,6 +145,11 @@ class Placers:
 
 def _orca(health: HealthConfig) -> Orca | None:
     return None if health.load_header is None else Orca(health.load_header, health.load_header_every_s)
+
+
+def _own(pool: PoolSettings, member: Member) -> PoolSettings:
+    """With the member's own key, where its engine was started with one."""
+    return pool if member.api_key is None else replace(pool, api_key=member.api_key.get_secret_value())
 
 
 def _endpoint(pool: PoolSettings, member: Member) -> Endpoint:

@@ -80,7 +80,7 @@ class Engines:
         self._records: EngineRecords | None = None
         self._prober: HttpProber | None = None
         self._supervisor: Supervisor | None = None
-        self._published: dict[str, str] = {}  # base URL by endpoint
+        self._published: dict[str, tuple[str, str]] = {}  # base URL and key by endpoint
         self._open: set[str] = set()
         self._scalers: dict[str, Scaler] = {}
         self._scaling: asyncio.Task[None] | None = None
@@ -96,10 +96,6 @@ class Engines:
                 self.apply(config)
             except (PlanError, TakenError) as error:
                 raise StartError(str(error)) from error
-
-    def check(self, config: Config) -> None:
-        """PlanError when a new configuration does not fit the machine."""
-        self._orders(config)
 
     def apply(self, config: Config) -> None:
         """What is wanted from now on. PlanError, and nothing is changed."""
@@ -138,7 +134,7 @@ class Engines:
         """Members of the pools, open or not, by pool. What is told to workers after this is told by name."""
         pools = {} if self._supervisor is None else self._supervisor.pools
         self._published = {
-            endpoint.name: endpoint.base_url
+            endpoint.name: (endpoint.base_url, replica.plan.api_key)
             for pool in pools.values()
             for replica in pool.replicas
             for endpoint in replica.plan.endpoints
@@ -149,8 +145,7 @@ class Engines:
                     self._member(replica, endpoint)
                     for replica in pool.replicas
                     for endpoint in replica.plan.endpoints
-                ),
-                api_key=SecretStr(pool.order.plans[0].api_key),
+                )
             )
             for name, pool in pools.items()
         }
@@ -203,7 +198,10 @@ class Engines:
     def _set_open(self, plan: ReplicaPlan, *, is_open: bool) -> None:
         for endpoint in plan.endpoints:
             (self._open.add if is_open else self._open.discard)(endpoint.name)
-        if is_open and any(self._published.get(e.name) != e.base_url for e in plan.endpoints):
+        if is_open and any(
+            self._published.get(endpoint.name) != (endpoint.base_url, plan.api_key)
+            for endpoint in plan.endpoints
+        ):
             self._workers.republish()
             return
         for endpoint in plan.endpoints:
@@ -217,6 +215,7 @@ class Engines:
             engine=endpoint.engine,
             role=replica.plan.role,
             is_open=endpoint.name in self._open,
+            api_key=SecretStr(replica.plan.api_key),
             kv_events=endpoint.kv_events,
             kv_replay=endpoint.kv_replay,
         )

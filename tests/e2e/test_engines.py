@@ -3,12 +3,14 @@
 import json
 import urllib.error
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from typer.testing import CliRunner
 
 from gateway.commands.app import app
 from tests.support.engine_pool import (
+    PRICE,
     EnginePool,
     a_load,
     any_alive,
@@ -29,11 +31,24 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePool]:
-    """Three slots, two of which run; and a pool that does not start."""
+    """Three slots, two of which run; a pool that does not start, and one that is used now and then."""
     spec = fake_spec(scale={"min": 0, "max": 3, "down_after_s": 3600})
     broken = fake_spec(replicas=1, env={"FAKE_VLLM_FAULT": f"exit:{LOGS / 'missing_weights.log'}"})
+    seldom = fake_spec(
+        replicas=1,
+        scale={"min": 0, "max": 2, "waiting": 1, "up_after_s": 0, "zero_after_s": 2},
+        extra_args=["--time-scale", "1"],
+    )
+    more = {
+        "broken": {"vllm": broken},
+        "seldom": {"vllm": seldom, "placement": {"max_in_flight": 1}},
+    }
+    models = {
+        MODEL: {"targets": [{"pool": "gpu", "model": "org/tiny"}], "price": PRICE},
+        "seldom": {"targets": [{"pool": "seldom", "model": "org/tiny"}], "price": PRICE},
+    }
     directory = tmp_path_factory.mktemp("gateway")
-    with EnginePool(directory, spec, more_pools={"broken": {"vllm": broken}}) as running:
+    with EnginePool(directory, spec, more_pools=more, models=models) as running:
         running.wait(lambda: running.states() == ["ready", "ready", "planned"])
         yield running
         everything = everything_of(running)
@@ -127,26 +142,6 @@ def test_a_pool_grows_and_shrinks_by_command(two_ready):
         assert "raise vllm.replicas or scale.max" in json.loads(refused.read())["error"]["message"]
 
 
-def test_a_pool_that_sleeps_is_woken_by_the_first_request_which_waits_for_it(two_ready):
-    gateway = two_ready
-    headgate(gateway, "sleep", "gpu")
-    gateway.wait(lambda: gateway.states() == ["planned"] * 3)
-    assert "asleep until it is asked for" in headgate(gateway, "status")
-    status, _, body = gateway.post("/v1/chat/completions", CHAT)
-    assert status == 200, body
-    assert not gateway.pool()["is_asleep"]
-
-
-def test_what_the_operator_has_switched_off_no_request_switches_on(two_ready):
-    gateway = two_ready
-    gateway.act("scale", replicas=0)
-    gateway.wait(lambda: gateway.states() == ["planned"] * 3)
-    status, headers, body = gateway.post("/v1/chat/completions", CHAT, {"x-headgate-on-full": "reject"})
-    assert status == 429, body
-    assert int(headers["retry-after"]) >= 1
-    assert gateway.states() == ["planned"] * 3
-
-
 def test_the_status_is_a_table_for_people_and_json_for_programs(two_ready):
     gateway = two_ready
     table = headgate(gateway, "status")
@@ -172,3 +167,26 @@ def test_an_engine_that_cannot_start_says_why_and_a_reload_cures_it(two_ready):
     gateway.wait(lambda: gateway.states("broken") == ["ready"])
     after = {name: replica["pid"] for name, replica in gateway.engines().items()}
     assert {name for name in after if after[name] != before[name]} == {"broken/0"}
+
+
+def test_a_pool_nobody_uses_goes_to_zero_and_requests_wake_it_unless_the_operator_has_switched_it_off(
+    gateway,
+):
+    gateway.wait(lambda: gateway.states("seldom") == ["planned"] * 2 and gateway.pool("seldom")["is_asleep"])
+    assert "asleep until it is asked for" in headgate(gateway, "status")
+    long = {**CHAT, "model": "seldom", "max_tokens": 400}  # four seconds each, one at a time
+    with ThreadPoolExecutor(4) as clients:
+        answers = [clients.submit(gateway.post, "/v1/chat/completions", long) for _ in range(4)]
+        gateway.wait(lambda: gateway.pool("seldom")["wanted"] == 2)
+        assert [answer.result()[0] for answer in answers] == [200] * 4
+    headgate(gateway, "scale", "seldom", "0")
+    gateway.wait(lambda: gateway.states("seldom") == ["planned"] * 2)
+    short = {**CHAT, "model": "seldom"}
+    status, headers, body = gateway.post("/v1/chat/completions", short, {"x-headgate-on-full": "reject"})
+    assert status == 429, body
+    assert int(headers["retry-after"]) >= 1
+    assert gateway.states("seldom") == ["planned"] * 2
+    headgate(gateway, "wake", "seldom")
+    gateway.wait(lambda: gateway.states("seldom")[0] == "ready")
+    headgate(gateway, "sleep", "seldom")
+    gateway.wait(lambda: gateway.states("seldom") == ["planned"] * 2)
