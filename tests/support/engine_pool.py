@@ -114,8 +114,8 @@ def kill(pid: int) -> None:
     os.kill(pid, 9)
 
 
-def a_load(gateway: EnginePool, clients: int = 4, seed: int = 1) -> Load:
-    return Load(gateway.port, clients, seed, kinds=CHATS, think_s=0.1)
+def a_load(gateway: EnginePool, clients: int = 4, seed: int = 1, **settings: Any) -> Load:
+    return Load(gateway.port, clients, seed, kinds=CHATS, think_s=0.1, **settings)
 
 
 def failed(calls: list[Call]) -> list[str]:
