@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -31,6 +31,7 @@ from backends.health_config import HealthConfig
 from backends.member import Member, Role
 from backends.origin import Origin, Proxy
 from backends.placement_config import PlacementConfig
+from backends.pool import EnginePriority
 from backends.prefill_config import PrefillConfig
 from backends.provider import Auth, Provider
 from backends.registry import KNOWN
@@ -342,6 +343,10 @@ class PoolConfig(UpstreamConfig):
     """Whether tenants' prefix caches are kept apart: `cache_salt` of every request is set here, never by a client
     alone. Without it, how quick an answer is may tell that somebody else sent the same beginning. Not given: yes for
     `vllm`, no for others."""
+    priority: Literal["class", "client", "none"] | None = None
+    """Who says in which order an engine runs requests (vLLM's `--scheduling-policy priority`; others refuse it):
+    `class`, the request's, whatever a client writes in `priority`; `client`, what it writes, else the class; `none`,
+    nothing is said. Not given: `class` for `vllm` that schedules so, else `none`."""
     simulator: SimulatorConfig | None = None
     """Run engine simulators instead."""
     vllm: VllmConfig | None = None
@@ -356,6 +361,10 @@ class PoolConfig(UpstreamConfig):
             raise ValueError("endpoints: the same address twice")
         if self.vllm is not None and (self.weights or self.data_parallel_ranks > 1):
             raise ValueError("weights and data_parallel_ranks are for endpoints; vllm has data_parallel")
+        if self.vllm is not None and self.vllm.scheduling_policy == "fcfs" and self._engine_priority():
+            raise ValueError(
+                "priority: its engines do not schedule by it; set vllm.scheduling_policy: priority"
+            )
         engines = len(self.endpoints) if self.simulator is None else self.simulator.replicas
         if self.weights and len(self.weights) != engines:
             raise ValueError("weights: must be as many as endpoints")
@@ -387,8 +396,15 @@ class PoolConfig(UpstreamConfig):
             prefill=self.prefill,
             ranks=self.data_parallel_ranks,
             is_salted=self.vllm is not None if self.cache_salt is None else self.cache_salt,
+            priority=self._engine_priority(),
             members=() if self.vllm is None else _not_running(name, self.vllm),
         )
+
+
+    def _engine_priority(self) -> EnginePriority:
+        schedules = self.vllm is not None and self.vllm.scheduling_policy == "priority"
+        wanted = ("class" if schedules else "none") if self.priority is None else self.priority
+        return "" if wanted == "none" else wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -418,6 +434,7 @@ class PoolSettings:
     prefill: PrefillConfig = field(default_factory=PrefillConfig)
     ranks: int = 1  # data-parallel ranks behind each address
     is_salted: bool = False
+    priority: EnginePriority = ""
     members: tuple[Member, ...] = ()  # instead of base_urls, where somebody else says who they are
 
     def all_members(self) -> tuple[Member, ...]:

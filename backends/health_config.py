@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from backends.orca import Format
 from local_engine.config import Section
 
 ProbeName = Literal["generate", "health", "none"]
@@ -43,5 +44,10 @@ class HealthConfig(Section):
     scrape: ScrapeName | None = None
     """Where its load is read: `metrics` (vLLM's page), `load` (vLLM's `/load`: requests only), `none`. Not given: `metrics` for
     vLLM and simulators, `none` for others."""
+    load_header: Format | None = None
+    """Also ask for it with some requests that are not streamed (ORCA's `endpoint-load-metrics`, in this form; vLLM knows both).
+    Between two scrapes it is newer, and each question costs the engine as much as a scrape. Not given: no."""
+    load_header_every_s: float = Field(default=0.25, gt=0)
+    """How often a worker asks so. What is older than three times this is not believed."""
     scrape_every_s: float = Field(default=1.0, ge=0.05)
     """How often. What is older than three times this is not believed."""

@@ -7,7 +7,7 @@ configuration has them derived. Refuses to know how a member is started or found
 
 from typing import Literal
 
-from local_engine.config import Section
+from local_engine.config import Secret, Section
 
 Role = Literal["both", "prefill", "decode"]
 
@@ -25,5 +25,6 @@ class Member(Section):
     role: Role = "both"
     weight: float = 1.0
     is_open: bool = True
+    api_key: Secret | None = None  # it was started with; None: the pool's
     kv_events: str | None = None  # ZMQ endpoint of its KV events
     kv_replay: str | None = None  # ZMQ endpoint that repeats what was missed

@@ -34,6 +34,8 @@ class PlacementConfig(Section):
     kv_events: bool = False
     """`prefix`: follow the engines' KV events, so that what their caches hold is known and not guessed. Each prompt is then
     turned to tokens by an engine before it is placed (docs/engine.md). Needs `pip install 'headgate[kv-events]'`."""
+    tokenize_timeout_s: float = Field(default=0.25, gt=0)
+    """`kv_events`: how long a prompt may wait for its tokens; after that its caches are guessed at."""
     max_in_flight: int = Field(default=0, ge=0)
     """Requests that make an endpoint full, from all workers together; 0: no limit."""
     max_waiting: int = Field(default=5, ge=0)

@@ -4,8 +4,11 @@ An endpoint is one address (one provider account, one engine replica); a pool is
 interchangeable for a model. What is known of its load and health it has from EndpointLoad.
 """
 
+from typing import Literal
+
 from backends.dialect import RAW, Dialect
 from backends.load import EndpointLoad
+from backends.orca import Orca
 from backends.provider import Provider
 from backends.transport import ConnectionPool, Deadlines
 
@@ -24,6 +27,7 @@ class Endpoint(EndpointLoad):
         "deadlines",
         "heads",
         "key_pauses",
+        "orca",
         "provider",
         "rank",
     )
@@ -46,6 +50,7 @@ class Endpoint(EndpointLoad):
         self.api_key = api_key  # the one in use
         self.key_pauses: dict[str, float] = {}  # all keys, each with the moment from which it may be used
         self.deadlines = deadlines
+        self.orca: Orca | None = None  # asks for its load with some requests
         self.client_headers = provider.client_headers()
         self.heads: dict[
             str, bytes
@@ -82,13 +87,18 @@ class Endpoint(EndpointLoad):
         return dialect is RAW or dialect.name in self.provider.paths
 
 
+EnginePriority = Literal["", "class", "client"]
+
+
 class Pool:
     """Endpoints that serve the same models. `is_salted`: no tenant's prefix cache is another's.
+
+    `priority` is who says in which order its engines run requests: their `class`, the `client` if it does, or nobody.
 
     `prefillers` compute prompts for `endpoints`, and answer nobody themselves; nearly always there are none.
     """
 
-    __slots__ = ("endpoints", "is_salted", "name", "prefillers")
+    __slots__ = ("endpoints", "is_salted", "name", "prefillers", "priority")
 
     def __init__(
         self,
@@ -96,11 +106,13 @@ class Pool:
         endpoints: tuple[Endpoint, ...],
         *,
         is_salted: bool = False,
+        priority: EnginePriority = "",
         prefillers: tuple[Endpoint, ...] = (),
     ) -> None:
         self.name = name
         self.endpoints = endpoints
         self.is_salted = is_salted
+        self.priority = priority
         self.prefillers = prefillers
 
     @property

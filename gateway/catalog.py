@@ -12,10 +12,11 @@ from typing import Final
 from backends.config import PoolSettings
 from backends.health_config import HealthConfig
 from backends.member import Member
+from backends.orca import Orca
 from backends.placement_config import PlacementConfig
 from backends.pool import Endpoint, Pool
 from backends.prefill_config import PrefillConfig
-from backends.transport import ConnectionPool, Origin
+from backends.transport import ConnectionPool, Deadlines, Origin
 from gateway.cache_watch import CacheWatch
 from gateway.config import Config, TargetConfig
 from policies import price_catalogue
@@ -59,11 +60,12 @@ class Upstreams:
             for member in members:
                 key = (pool.name, member.base_url, member.rank)
                 known = self._endpoints.get(key)
-                if known is not None and known[0] == shared:
+                own = _own(shared, member)
+                if known is not None and known[0] == own:
                     endpoint = known[1]
                     endpoint.name = member.name
                 else:
-                    endpoint = _endpoint(shared, member)
+                    endpoint = _endpoint(own, member)
                 if pool.members:
                     # Whoever named it will name the one that follows it so, at whatever address.
                     endpoint.hash_key = member.name.encode()
@@ -72,12 +74,14 @@ class Upstreams:
                 endpoint.max_in_flight = pool.placement.max_in_flight
                 endpoint.max_waiting = pool.placement.max_waiting
                 endpoint.processes = self._processes
-                kept[key] = (shared, endpoint)
+                endpoint.orca = _orca(pool.health)
+                kept[key] = (own, endpoint)
             built = [(m.role, kept[pool.name, m.base_url, m.rank][1]) for m in members]
             pools[pool.name] = Pool(
                 pool.name,
                 tuple(endpoint for role, endpoint in built if role != "prefill"),
                 is_salted=pool.is_salted,
+                priority=pool.priority,
                 prefillers=tuple(endpoint for role, endpoint in built if role == "prefill"),
             )
         staying = {endpoint for _, endpoint in kept.values()}
@@ -137,6 +141,15 @@ class Placers:
         if known is None or known[0] != by_prefix:
             known = self._prefillers[pool.name, upstream_model] = (by_prefix, placer(by_prefix))
         return Prefillers(pool.prefillers, known[1], prefill)
+
+
+def _orca(health: HealthConfig) -> Orca | None:
+    return None if health.load_header is None else Orca(health.load_header, health.load_header_every_s)
+
+
+def _own(pool: PoolSettings, member: Member) -> PoolSettings:
+    """With the member's own key, where its engine was started with one."""
+    return pool if member.api_key is None else replace(pool, api_key=member.api_key.get_secret_value())
 
 
 def _endpoint(pool: PoolSettings, member: Member) -> Endpoint:
@@ -211,10 +224,17 @@ class CatalogBuilder:
             built.prefillers = self._placers.prefillers(
                 pool, settings.placement, settings.prefill, upstream_model
             )
-        built.blocks = self._placers.blocks(pool) if built.placer is not None else None
+        if built.placer is not None:
+            built.blocks = self._placers.blocks(pool)
+            built.patience_s = self._placement(target.upstream).tokenize_timeout_s
         if target.deadlines is not None:
-            built.deadlines = target.deadlines.over(pool.endpoints[0].deadlines)
+            built.deadlines = target.deadlines.over(self._deadlines(target.upstream))
         return built
+
+    def _deadlines(self, upstream: str) -> Deadlines:
+        """What its endpoints have, whether there are any now or not."""
+        pool = self._config.pools.get(upstream)
+        return pool.deadlines.resolve() if pool is not None else self._providers[upstream].deadlines
 
     def _placement(self, upstream: str) -> PlacementConfig:
         pool = self._config.pools.get(upstream)

@@ -19,6 +19,7 @@ from pydantic import SecretStr
 
 from backends.member import Member
 from gateway.config import Config
+from gateway.gpu_watch import GpuWatch
 from gateway.placed import PlacedPool
 from local_engine.engine_process import EngineProcess, Launcher, leftovers
 from local_engine.engine_records import EngineRecords, TakenError
@@ -75,10 +76,11 @@ class Engines:
         self._workers = workers
         self._ports = FreePorts()
         self._key = ""
+        self._gpus = GpuWatch()
         self._records: EngineRecords | None = None
         self._prober: HttpProber | None = None
         self._supervisor: Supervisor | None = None
-        self._published: dict[str, str] = {}  # base URL by endpoint
+        self._published: dict[str, tuple[str, str]] = {}  # base URL and key by endpoint
         self._open: set[str] = set()
         self._scalers: dict[str, Scaler] = {}
         self._scaling: asyncio.Task[None] | None = None
@@ -94,10 +96,6 @@ class Engines:
                 self.apply(config)
             except (PlanError, TakenError) as error:
                 raise StartError(str(error)) from error
-
-    def check(self, config: Config) -> None:
-        """PlanError when a new configuration does not fit the machine."""
-        self._orders(config)
 
     def apply(self, config: Config) -> None:
         """What is wanted from now on. PlanError, and nothing is changed."""
@@ -130,12 +128,13 @@ class Engines:
             await self._prober.close()
         if self._records is not None:
             self._records.close()
+        self._gpus.close()
 
     def placed(self) -> dict[str, PlacedPool]:
         """Members of the pools, open or not, by pool. What is told to workers after this is told by name."""
         pools = {} if self._supervisor is None else self._supervisor.pools
         self._published = {
-            endpoint.name: endpoint.base_url
+            endpoint.name: (endpoint.base_url, replica.plan.api_key)
             for pool in pools.values()
             for replica in pool.replicas
             for endpoint in replica.plan.endpoints
@@ -146,8 +145,7 @@ class Engines:
                     self._member(replica, endpoint)
                     for replica in pool.replicas
                     for endpoint in replica.plan.endpoints
-                ),
-                api_key=SecretStr(self._key),
+                )
             )
             for name, pool in pools.items()
         }
@@ -200,7 +198,10 @@ class Engines:
     def _set_open(self, plan: ReplicaPlan, *, is_open: bool) -> None:
         for endpoint in plan.endpoints:
             (self._open.add if is_open else self._open.discard)(endpoint.name)
-        if is_open and any(self._published.get(e.name) != e.base_url for e in plan.endpoints):
+        if is_open and any(
+            self._published.get(endpoint.name) != (endpoint.base_url, plan.api_key)
+            for endpoint in plan.endpoints
+        ):
             self._workers.republish()
             return
         for endpoint in plan.endpoints:
@@ -214,6 +215,7 @@ class Engines:
             engine=endpoint.engine,
             role=replica.plan.role,
             is_open=endpoint.name in self._open,
+            api_key=SecretStr(replica.plan.api_key),
             kv_events=endpoint.kv_events,
             kv_replay=endpoint.kv_replay,
         )
@@ -236,7 +238,7 @@ class Engines:
 
     async def _take_over(self, config: Config, launcher: Launcher, found: list[EngineProcess]) -> None:
         """Engines of a gateway that is gone: those of a pool that still is there may be adopted, the others end."""
-        specs = _specs(config)
+        specs, own_keys = _specs(config), _own_keys(config)
         adoptable = [
             engine
             for engine in found
@@ -244,7 +246,8 @@ class Engines:
         ]
         for engine in adoptable:
             record = engine.record
-            self._key = self._key or record.api_key
+            if record.pool not in own_keys:
+                self._key = self._key or record.api_key
             if record.ports is not None:
                 self._ports.hold(record.name, *record.ports)
         self._key = self._key or secrets.token_urlsafe(_KEY_BYTES)
@@ -264,7 +267,7 @@ class Engines:
         if not specs:
             return {}
         site = Site(this_machine(os.environ), self._ports, run_directory(self._storage), api_key=self._key)
-        return orders_of(specs, site)
+        return orders_of(specs, site, _own_keys(config))
 
     async def _scale(self) -> None:
         while True:
@@ -309,11 +312,18 @@ class Engines:
             "pid": replica.process.pid if replica.process is not None else None,
             "port": plan.port,
             "gpus": [gpu.index for gpu in plan.gpus],
+            **self._gpus.load(plan.gpus),
             "restarts": replica.restarts,
             "cause": replica.cause.text if replica.cause is not None else "",
             "log": str(self._records.log_path(plan.name)) if self._records is not None else "",
             "endpoints": [endpoint.name for endpoint in plan.endpoints],
         }
+
+
+def _own_keys(config: Config) -> dict[str, str]:
+    """By pool, where the configuration has one: engines on other machines are started with it, too."""
+    keys = {name: pool.api_key for name, pool in config.pools.items() if pool.api_key is not None}
+    return {name: key.get_secret_value() for name, key in keys.items() if key.get_secret_value()}
 
 
 def _specs(config: Config) -> Mapping[str, VllmConfig]:

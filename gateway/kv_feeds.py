@@ -236,6 +236,8 @@ class KvFeeds:
         wanted = {endpoint.hash_key: endpoint for endpoint in endpoints}
         gone = [feed for key, feed in self._feeds.items() if wanted.get(key) is not feed.endpoint]
         await _stop(gone)
+        for feed in gone:
+            self._tell(BlocksHeld(feed.endpoint.hash_key, is_followed=False), "")
         self._feeds = {key: feed for key, feed in self._feeds.items() if feed not in gone}
         for feed in self._feeds.values():
             for word in feed.snapshot():

@@ -1,6 +1,6 @@
 """The configuration as a worker gets it: the operator's, and where the engines are that only the parent knows.
 
-Owns nothing but the joining of the two. A pool that is named in `members` has these for endpoints, and their key.
+Owns nothing but the joining of the two. A pool that is named in `placed` has these members for endpoints.
 Secrets are in it: it goes through the private channel only.
 """
 
@@ -13,14 +13,13 @@ from pydantic import Field
 from backends.config import PoolSettings
 from backends.member import Member
 from gateway.config import Config
-from local_engine.config import Secret, Section
+from local_engine.config import Section
 
 
 class PlacedPool(Section):
-    """A pool's members, and the key that their engines were started with (None: the configuration's)."""
+    """A pool's members."""
 
     members: tuple[Member, ...]
-    api_key: Secret | None = None
 
 
 class PlacedConfig(Config):
@@ -37,11 +36,6 @@ class PlacedConfig(Config):
 
     def enabled_pools(self) -> dict[str, PoolSettings]:
         return {
-            name: _settled(pool, self.placed[name]) if name in self.placed else pool
+            name: replace(pool, members=self.placed[name].members) if name in self.placed else pool
             for name, pool in super().enabled_pools().items()
         }
-
-
-def _settled(pool: PoolSettings, placed: PlacedPool) -> PoolSettings:
-    key = placed.api_key.get_secret_value() if placed.api_key is not None else None
-    return replace(pool, members=placed.members, api_key=key or pool.api_key)

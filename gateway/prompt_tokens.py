@@ -27,7 +27,6 @@ _REMEMBERED_BYTES: Final = 32 << 20
 _WHOLE_BYTES: Final = 256 << 10
 # What is split into messages at all: a millisecond's work.
 _MOST_BYTES: Final = 1 << 20
-_WAIT_S: Final = 0.1
 _PREAMBLE_BYTES: Final = 4096
 
 
@@ -49,7 +48,7 @@ class PromptTokens:
             return
         outcome = "untellable"
         try:
-            async with asyncio.timeout(_WAIT_S):
+            async with asyncio.timeout(target.patience_s):
                 outcome = await self._read(exchange, target, target.blocks, secret)
         except TimeoutError:
             outcome = "late"
@@ -191,7 +190,7 @@ class _Conversation:
         return tokens[len(stub) :]
 
     async def _ask(self, body: bytes) -> list[int]:
-        return await tokenize(self._endpoint, body, _WAIT_S)
+        return await tokenize(self._endpoint, body, self._target.patience_s)
 
     def _remember(self, exchange: Exchange, key: int, messages: Chain, template: Template) -> str:
         self._known.remember(key, messages)

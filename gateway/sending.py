@@ -15,6 +15,7 @@ import msgspec
 from backends.adapter import Edits, Encoded, encode, head
 from backends.errors import LOAD_STATUSES, UpstreamError
 from backends.kv_transfer import to_collect
+from backends.orca import HEADER
 from backends.pool import Endpoint
 from backends.retry_after import retry_after_s
 from backends.transport import Reply
@@ -24,6 +25,7 @@ from gateway.prefilling import LEAST_WORK_TOKENS, Handover, Prefilling, Uncollec
 from gateway.relay import is_stream, read_whole
 from gateway.runtime import Runtime
 from gateway.settle import Settler
+from policies.engine_priority import prioritised, with_priority
 from policies.exchange import Exchange
 from policies.health.book import HealthBook
 from policies.placement.place import take
@@ -152,6 +154,9 @@ class Sending:
             exchange.request_id,
             message.content_type,
         )
+        if candidate.target.pool.priority:
+            start = with_priority(start, exchange, candidate.target.pool)
+        start = start if endpoint.orca is None else endpoint.orca.ask(start, now)
         self._open(exchange)
         if handover is None:
             reply = await endpoint.connections.send(start, encoded.body, deadlines)
@@ -161,6 +166,8 @@ class Sending:
         exchange.status = reply.status
         exchange.first_byte_at = now = time.perf_counter()
         exchange.hold.prefilled()
+        if endpoint.orca is not None:
+            endpoint.orca.heed(endpoint, reply.header(HEADER), now)
         if exchange.attempt is not None:
             exchange.attempt.heard(now)
         if reply.status >= 400:
@@ -314,7 +321,9 @@ def _is_the_apis(reply: Reply) -> bool:
 
 def _edits(exchange: Exchange, candidate: Candidate, runtime: Runtime) -> Edits | None:
     """What is changed in the body, whoever asked for it."""
-    return salted(exchange, runtime.session_secret) if candidate.target.pool.is_salted else exchange.edits
+    pool = candidate.target.pool
+    edits = salted(exchange, runtime.session_secret) if pool.is_salted else exchange.edits
+    return prioritised(exchange, edits, pool) if pool.priority else edits
 
 
 def _encode(exchange: Exchange, candidate: Candidate, message: Message, edits: Edits | None) -> Encoded:

@@ -24,6 +24,7 @@ from local_engine.process_table import (
     boot_id,
     group_members,
     identify,
+    remove_socket,
     remove_unused,
     shared_memory,
 )
@@ -102,8 +103,7 @@ class EngineProcess:
         self.kill()
         removed = await asyncio.to_thread(remove_unused, set(self.record.shared_memory))
         for path in self.record.sockets:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+            remove_socket(Path(path))
         if removed:
             _log.info(
                 "shared memory of an engine was removed",
@@ -153,8 +153,7 @@ class Launcher:
         settings, name = self._settings, plan.name
         for path in plan.sockets:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with contextlib.suppress(OSError):
-                path.unlink()
+            remove_socket(path)
         guard = [
             *(sys.executable, "-I", "-S", _GUARD, str(self._records.owner_path)),
             *(str(settings.orphan_grace_s), str(self._records.log_path(name))),

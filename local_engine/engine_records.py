@@ -26,7 +26,8 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One engine. `fingerprint` is of its command and environment, `ports` are those its plan was given
     (first, count, host; None: it names its own).
 
-    `members` are the processes of its group when it was last looked at, the guard included.
+    `members` are the processes of its group when it was last looked at, the guard included; `shared_memory` are names of
+    files under /dev/shm.
     """
 
     version: int = _VERSION
@@ -100,7 +101,10 @@ class EngineRecords:
         return self.log_directory / f"{_file_name(name)}.log"
 
     def close(self) -> None:
-        os.close(self._lock)
+        """Another gateway may have the directory from now on."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{_file_name(name)}.json"

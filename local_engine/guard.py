@@ -40,10 +40,17 @@ class Log:
     def write(self, data: bytes) -> None:
         """A full disk loses lines, not the engine."""
         with contextlib.suppress(OSError):
-            if self._file is None or self._file.tell() + len(data) > self._max_bytes:
-                self._rotate()
-            if self._file is not None:
-                self._file.write(data)
+            while data:
+                room = self._max_bytes - (self._file.tell() if self._file is not None else self._max_bytes)
+                if len(data) > room and b"\n" not in data[:room]:
+                    self._rotate()
+                    room = self._max_bytes
+                if self._file is None:
+                    return
+                # Files begin with whole lines where lines are of a sane length.
+                end = len(data) if len(data) <= room else data.rfind(b"\n", 0, room) + 1 or room
+                self._file.write(data[:end])
+                data = data[end:]
 
     def _rotate(self) -> None:
         if self._file is not None:
@@ -65,6 +72,7 @@ class Guard:
     ) -> None:
         self._owner, self._grace_s, self._log, self._clock = owner, grace_s, log, clock
         self._orphaned_at: float | None = None
+        self._signals = -1  # readable after a signal
 
     def run(self, command: list[str]) -> int:
         """The exit code of the engine's main process; 128 + n if signal n ended it, 127 if it cannot be started."""
@@ -82,6 +90,7 @@ class Guard:
             return 127
         os.close(writing)
         signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
+        self._hear_signals()
         while child.poll() is None:
             self._copy(reading, _CHECK_S)
             if self.is_abandoned():
@@ -90,6 +99,14 @@ class Guard:
         while self._clock() < deadline_at and self._copy(reading, 0.05):
             pass
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+    def _hear_signals(self) -> None:
+        """So that the child's end is seen at once, though others hold the log's pipe open."""
+        self._signals, told = os.pipe()
+        for descriptor in (self._signals, told):
+            os.set_blocking(descriptor, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
 
     def is_abandoned(self) -> bool:
         """Whether no gateway has been there for as long as one may be away."""
@@ -110,9 +127,13 @@ class Guard:
 
     def _copy(self, reading: int, timeout_s: float) -> bool:
         """What there is of the log; False if nothing came."""
-        ready, _, _ = select.select([reading], [], [], timeout_s)
-        data = os.read(reading, 65536) if ready else b""
-        if ready and not data:
+        ready, _, _ = select.select([reading, self._signals], [], [], timeout_s)
+        if self._signals in ready:
+            os.read(self._signals, 512)
+        if reading not in ready:
+            return False
+        data = os.read(reading, 65536)
+        if not data:
             time.sleep(0.05)  # closed by the engine, which goes on, or is about to end
         self._log.write(data)
         return bool(data)

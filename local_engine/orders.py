@@ -5,18 +5,25 @@ Owns how many slots that are: those of the specification, those it may grow to, 
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from local_engine.plan import PoolPlan, ReplicaPlan, Site
-from local_engine.planning import plan_pool, plan_replica
+from local_engine.planning import by_claim, plan_pool, plan_replica
 from local_engine.supervisor import PoolOrder, Zero
 from local_engine.vllm_config import VllmConfig
 
 
-def orders_of(specs: Mapping[str, VllmConfig], site: Site) -> dict[str, PoolOrder]:
-    """PlanError when they do not fit on the machine together. Pools that name their GPUs come first."""
+def orders_of(
+    specs: Mapping[str, VllmConfig], site: Site, own_keys: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, PoolOrder]:
+    """PlanError when they do not fit on the machine together. Pools that name their GPUs come first.
+
+    `own_keys` are those of pools, by name, whose engines are started with another key than the site's.
+    """
     taken, orders = set(site.taken), dict[str, PoolOrder]()
-    for name in sorted(specs, key=lambda name: not isinstance(specs[name].gpus, tuple)):
-        order = _order(name, specs[name], replace(site, taken=frozenset(taken)))
+    for name in by_claim(specs):
+        key = own_keys.get(name, site.api_key)
+        order = _order(name, specs[name], replace(site, api_key=key, taken=frozenset(taken)))
         taken.update(gpu.uuid for plan in order.plans for gpu in plan.gpus)
         orders[name] = order
     return {name: orders[name] for name in specs}

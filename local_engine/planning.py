@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 
 from local_engine.command import (
@@ -60,17 +59,16 @@ def run_directory(storage: Path) -> Path:
     return Path("/tmp") / f"headgate-{hashlib.sha256(str(found).encode()).hexdigest()[:12]}"  # noqa: S108 - made by its owner, for itself alone
 
 
-def plan_pools(
-    specs: Mapping[str, VllmConfig], site: Site, api_keys: Mapping[str, str] = MappingProxyType({})
-) -> dict[str, PoolPlan]:
-    """All pools of a configuration, in its order. PlanError when they do not fit together.
+def by_claim(specs: Mapping[str, VllmConfig]) -> list[str]:
+    """The order in which pools get their GPUs: those that name them go first."""
+    return sorted(specs, key=lambda name: not isinstance(specs[name].gpus, tuple))
 
-    `api_keys` are the keys of pools, by name, that have one of their own instead of the site's.
-    """
+
+def plan_pools(specs: Mapping[str, VllmConfig], site: Site) -> dict[str, PoolPlan]:
+    """All pools of a configuration, in its order. PlanError when they do not fit together."""
     taken, plans = set(site.taken), dict[str, PoolPlan]()
-    for name in sorted(specs, key=lambda name: not isinstance(specs[name].gpus, tuple)):
-        key = api_keys.get(name, site.api_key)
-        plans[name] = plan_pool(name, specs[name], replace(site, api_key=key, taken=frozenset(taken)))
+    for name in by_claim(specs):
+        plans[name] = plan_pool(name, specs[name], replace(site, taken=frozenset(taken)))
         taken.update(gpu.uuid for replica in plans[name].replicas for gpu in replica.gpus)
     return {name: plans[name] for name in specs}
 

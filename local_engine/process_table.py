@@ -5,6 +5,7 @@ callers do without. Refuses to know engines.
 """
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -51,24 +52,39 @@ def group_members(group: int) -> list[ProcessId]:
 
 
 def shared_memory(pids: list[int]) -> set[str]:
-    """Files under /dev/shm that any of these has mapped or open."""
-    return {path for pid in pids for path in _shared_memory_of(pid)}
+    """Names under /dev/shm of files that any of these has mapped or open, as they are now."""
+    inodes = {inode for pid in pids for inode in _shared_inodes_of(pid)}
+    if not inodes:
+        return set()
+    try:
+        with os.scandir(_SHM) as entries:
+            return {entry.name for entry in entries if entry.inode() in inodes}
+    except OSError:
+        return set()
 
 
-def remove_unused(paths: set[str]) -> list[str]:
-    """Unlinks those of our own files under /dev/shm that no process has any more; returns which."""
-    present = {path for path in paths if path.startswith(_SHM) and _is_ours(path)}
+def remove_unused(names: set[str]) -> list[str]:
+    """Unlinks those of our own files of these names under /dev/shm that no process has any more; returns which."""
+    present = {name for name in names if _is_own_file(name)}
     if not present:
         return []
-    unused = sorted(present - shared_memory(list(_pids())))
     removed = []
-    for path in unused:
+    for name in sorted(present - shared_memory(list(_pids()))):
         try:
-            os.unlink(path)
+            os.unlink(f"{_SHM}{name}")
         except OSError:
             continue
-        removed.append(path)
+        removed.append(name)
     return removed
+
+
+def remove_socket(path: Path) -> None:
+    """Unlinks a Unix socket, and nothing that is anything else."""
+    try:
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            os.unlink(path)
+    except OSError:
+        pass  # it is not there, or not ours
 
 
 def _stat(pid: int) -> list[str] | None:
@@ -86,22 +102,30 @@ def _pids() -> Iterator[int]:
     yield from (int(name) for name in names if name.isdecimal())
 
 
-def _shared_memory_of(pid: int) -> set[str]:
+def _shared_inodes_of(pid: int) -> set[int]:
+    """The kernel shows the name that a file had first: a semaphore's real one was given to it later, by a link."""
     directory = _PROC / str(pid)
     found = set()
     try:
         for line in (directory / "maps").read_text(errors="replace").splitlines():
-            path = line.partition("/")[1:]
-            found.add("".join(path).removesuffix(" (deleted)"))
-        for descriptor in os.listdir(directory / "fd"):
-            found.add(os.readlink(directory / "fd" / descriptor).removesuffix(" (deleted)"))
+            fields = line.split(None, 5)
+            if len(fields) == 6 and fields[5].startswith(_SHM):
+                found.add(int(fields[4]))
+        for name in os.listdir(directory / "fd"):
+            descriptor = directory / "fd" / name
+            if os.readlink(descriptor).startswith(_SHM):
+                found.add(descriptor.stat().st_ino)
     except OSError:
         pass  # it has gone, or is somebody else's
-    return {path for path in found if path.startswith(_SHM)}
+    return found
 
 
-def _is_ours(path: str) -> bool:
+def _is_own_file(name: str) -> bool:
+    """A plain name, of a plain file of ours: a record leads nowhere else."""
+    if "/" in name or name in ("", ".", ".."):
+        return False
     try:
-        return os.lstat(path).st_uid == os.getuid()
+        found = os.lstat(f"{_SHM}{name}")
     except OSError:
         return False
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()

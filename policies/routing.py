@@ -42,6 +42,7 @@ class Target:
         "deadlines",
         "model_json",
         "name",
+        "patience_s",
         "placer",
         "pool",
         "prefillers",
@@ -54,6 +55,7 @@ class Target:
     ) -> None:
         self.name = name
         self.blocks: BlockIndex | None = None
+        self.patience_s = 0.0  # for the tokens of a prompt, where there are blocks to compare them with
         self.pool = pool
         self.upstream_model = upstream_model
         self.model_json = msgspec.json.encode(upstream_model)  # as it stands in a request

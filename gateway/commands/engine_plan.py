@@ -21,6 +21,7 @@ from gateway.config import DEFAULT_PATH, Config, load
 from gateway.config_file import ConfigError
 from local_engine.free_ports import FreePorts
 from local_engine.gpus import Gpu, Machine, this_machine
+from local_engine.orders import orders_of
 from local_engine.plan import (
     PLACEHOLDER,
     EngineEndpoint,
@@ -99,6 +100,7 @@ def planned(config: Config, machine: Machine, only: str | None = None) -> list[P
     if only is not None and not specs:
         raise PlanError(f'there is no pool "{only}" with a vllm block')
     site = Site(machine, FreePorts(), run_directory(config.storage.directory), PLACEHOLDER)
+    orders_of(specs, site)  # there must be room for all that pools may grow to, too
     return list(plan_pools(specs, site).values())
 
 

@@ -51,6 +51,7 @@ def gateway(small, spare, ranked, tmp_path_factory):
             "endpoints": [f"{ranked.url}/v1"],
             "data_parallel_ranks": 4,
             "cache_salt": True,
+            "priority": "class",
         },
     }
     models = {
@@ -200,6 +201,18 @@ async def test_item_6_the_gateway_salts_caches_by_tenant_whatever_the_client_say
     assert salts[4] == salts[5]
     assert len(set(salts)) == 4
     assert "mine" not in salts
+
+
+async def test_engines_are_told_the_class_of_a_request_whatever_the_client_says(gateway, ranked):
+    ranked.clear()
+    for key in ({}, {"key": BULK_KEY}):
+        for fields in ({}, {"priority": -1000}):
+            await ask(gateway, CHAT, called(CHAT, "ranked", **fields), x_vllm_priority="-1000", **key)
+    assert [record.json.get("priority") for record in chats(ranked)] == [None, 0, 10, 10]
+    assert {record.header("x-vllm-priority") for record in chats(ranked)} == {None}
+    await ask(gateway, MESSAGES, called(MESSAGES, "ranked"), x_vllm_priority="-1000", key=BULK_KEY)
+    anthropic = [record for record in ranked.journal if record.dialect == "messages"]
+    assert [record.header("x-vllm-priority") for record in anthropic] == ["10"]
 
 
 async def test_an_answer_is_continued_where_it_was_made(gateway, ranked):

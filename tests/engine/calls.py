@@ -16,8 +16,8 @@ def user(text: str) -> list[dict[str, str]]:
 def ask(client: Any, text: str = "Hello", session: str = "", **fields: Any) -> Any:
     """A short greedy chat; of an asynchronous SDK, to be awaited."""
     headers = {"x-session-affinity": session} if session else {}
-    given = {"max_tokens": 8, "temperature": 0, **fields}
-    return client.chat.completions.create(model="tiny", messages=user(text), extra_headers=headers, **given)
+    given = {"model": "tiny", "max_tokens": 8, "temperature": 0, **fields}
+    return client.chat.completions.create(messages=user(text), extra_headers=headers, **given)
 
 
 async def occupy(client: Any, session: str, count: int) -> list[Any]:

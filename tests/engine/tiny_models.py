@@ -1,10 +1,11 @@
-"""Writes two tiny models with random weights, so that a real vLLM can be tested without a download.
+"""Writes tiny models with random weights, so that a real vLLM can be tested without a download.
 
     .venv-engine/bin/python tests/engine/tiny_models.py FOLDER
 
 `tiny` chats: a Qwen3 of 2 layers and about a million weights, ChatML with Hermes tool calls. What it says is noise,
-but at temperature 0 the same noise for the same prompt. `tiny-embed` embeds: a BERT of the same size, mean pooling.
-Both have a byte-level tokenizer trained on the spot. Runs in the engine's environment (torch, transformers,
+but at temperature 0 the same noise for the same prompt. `tiny-moe` chats, too: a Qwen3-MoE of 8 experts, two for each
+token. `tiny-embed` embeds: a BERT of the same size, mean pooling.
+All have a byte-level tokenizer trained on the spot. Runs in the engine's environment (torch, transformers,
 tokenizers); deterministic for given versions.
 """
 
@@ -23,6 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 SEED = 7
@@ -105,6 +108,28 @@ def chat_model() -> Qwen3ForCausalLM:
     return with_random_weights(Qwen3ForCausalLM(config))
 
 
+def moe_model() -> Qwen3MoeForCausalLM:
+    """As many experts as two ranks can share out, every layer sparse."""
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=3,
+    )
+    return with_random_weights(Qwen3MoeForCausalLM(config))
+
+
 def embedding_model() -> BertModel:
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -145,10 +170,11 @@ def write_pooling(folder: Path, width: int) -> None:
 
 def main(folder: Path) -> None:
     words = tokenizer()
-    chat, embed = folder / "tiny", folder / "tiny-embed"
-    chat_model().save_pretrained(chat)
-    words.save_pretrained(chat)
-    GenerationConfig(eos_token_id=2, pad_token_id=3).save_pretrained(chat)
+    for name, made in (("tiny", chat_model), ("tiny-moe", moe_model)):
+        made().save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
+        GenerationConfig(eos_token_id=2, pad_token_id=3).save_pretrained(folder / name)
+    embed = folder / "tiny-embed"
     embedder = embedding_model()
     embedder.save_pretrained(embed)
     words.save_pretrained(embed)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway.config import Config, KeyConfig
+from gateway.control import Membership
 from gateway.exposition import Page
 from gateway.fleet import Fleet, FleetSettings, Worker, WorkerError
 
@@ -328,3 +329,38 @@ async def test_only_deaths_near_the_start_count_towards_the_wait(monkeypatch):
             worker.kill()
             await until(lambda gone=worker: gone.state == "gone" and service.fleet.is_ready)
             assert len(counted) == expected
+
+
+async def test_requests_at_an_endpoint_are_counted_over_all_workers_after_what_was_told_before():
+    async with a_service(workers=2) as service:
+        streams = [asyncio.ensure_future(service.get("/stream?200")) for _ in range(3)]
+        while await service.fleet.in_flight(["gpu/0"]) != 3:
+            await asyncio.sleep(0.02)
+        assert await service.fleet.in_flight(["gpu/1"]) == 0
+        service.fleet.tell(Membership("gpu/0", is_open=False), "")
+        assert await service.fleet.in_flight(["gpu/0"]) == 0
+        for stream in streams:
+            stream.cancel()
+
+
+async def test_while_a_worker_does_not_answer_nobody_knows_how_many_requests_there_are():
+    async with a_service(workers=1) as service:
+        hanging = asyncio.ensure_future(service.get("/hang"))
+        while await service.fleet.in_flight(["gpu/0"], timeout_s=0.2) is not None:
+            await asyncio.sleep(0.02)
+        asked = asyncio.ensure_future(service.fleet.in_flight(["gpu/0"], timeout_s=60.0))
+        await asyncio.sleep(0)
+        service.fleet.workers()[0].kill()
+        assert await asked == 0, "what it had has ended with it"
+        with contextlib.suppress(ConnectionError):
+            await hanging
+
+
+async def test_a_worker_that_starts_later_begins_with_what_was_amended():
+    async with a_service(workers=1, config=a_config("one")) as service:
+        service.fleet.amend(a_config("two"))
+        assert (await service.get()).endswith("one")
+        first = service.fleet.workers()[0]
+        first.kill()
+        await until(lambda: any(w.state == "ready" and w is not first for w in service.fleet.workers()))
+        assert (await service.get()).endswith("two")

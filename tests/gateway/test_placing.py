@@ -5,8 +5,10 @@ import asyncio
 import pytest
 
 from backends.dialect import EMBEDDINGS
+from gateway.control import Wanted
 from gateway.placing import Placing
 from gateway.waiting_room import WaitingRoom
+from gateway.waking import Waking
 from policies.health.book import HealthBook
 from policies.placement.priority import PrioritiesConfig
 from policies.verdict import Denial
@@ -103,3 +105,23 @@ async def test_a_dialect_that_no_target_speaks_is_refused_with_those_it_does():
     denial = Placing(a_room()).at_once(an_exchange(EMBEDDINGS, model=model), Runtime())
     assert (denial.status, denial.code) == (400, "dialect_not_supported")
     assert "/v1/chat/completions" in denial.message
+
+
+async def test_a_pool_of_which_nothing_takes_requests_is_said_to_be_wanted_and_a_full_one_is_not():
+    wanted = []
+    placing = Placing(a_room(0.05), want=wanted.append)
+    await when_full(placing, an_exchange(model=full(a_model(endpoints=2))))
+    assert wanted == []
+    await when_full(placing, an_exchange(model=draining(a_model(endpoints=2))))
+    assert len(wanted) == 1
+
+
+def test_what_is_wanted_is_told_the_parent_once_in_a_while():
+    told = []
+    waking = Waking()
+    waking.want("gpu")  # nobody to tell yet
+    waking.attach(told.append)
+    for _ in range(100):
+        waking.want("gpu")
+    waking.want("other")
+    assert told == [Wanted("gpu"), Wanted("other")]

@@ -10,6 +10,7 @@ import pytest
 
 from local_engine.replica import TRANSITIONS, Replica
 from local_engine.surroundings import Work
+from tests.mutants.engines import MUTANTS
 from tests.support.scripted_engine import ScriptedProcess, World, a_plan
 
 NO_WEIGHTS = "RuntimeError: Cannot find any model weights with `/models/tiny`\n"
@@ -404,3 +405,35 @@ async def test_only_another_plan_restarts_it():
         assert not replica.is_settled
         await world.until(lambda: replica.is_settled)
         assert len(world.processes) == 2
+
+
+async def mistakes_of_a_restart() -> list[str]:
+    """An engine that becomes ready late, serves, and is restarted under load: what must never happen, and did."""
+    world = World()
+    world.probe = "503: loading"
+    world.requests["gpu/0"] = 1
+    mistakes = []
+    async with running(world, world.replica(a_plan(drain_timeout_s=10))) as replica:
+        await world.clock.advance(10)
+        if "gpu/0 open" in world.happened:
+            mistakes.append("a candidate before it had generated")
+        world.probe = ""
+        await world.until(lambda: replica.state == "ready")
+        replica.restart()
+        await world.until(lambda: len(world.processes) > 1)
+    is_open = False
+    for what in world.happened:
+        is_open = what.endswith("open") or (is_open and not what.endswith("close"))
+        if is_open and what.endswith("TERM"):
+            mistakes.append("told to end while a candidate")
+    return mistakes
+
+
+async def test_a_restart_makes_no_mistake():
+    assert await mistakes_of_a_restart() == []
+
+
+@pytest.mark.parametrize("mutant", ["drains_as_a_candidate", "takes_health_for_readiness"])
+async def test_broken_builds_are_caught(monkeypatch, mutant: str):
+    monkeypatch.setattr(*MUTANTS[mutant])
+    assert await mistakes_of_a_restart()

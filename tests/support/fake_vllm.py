@@ -38,7 +38,6 @@ def main() -> None:
     options, _ = simulator.arguments().parse_known_args()
     flags = sys.argv[1:]
     options.model = flags[flags.index("--served-model-name") + 1]
-    options.max_num_batched_tokens, options.max_model_len = 2048, 32768
     try:
         if told == "deaf":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

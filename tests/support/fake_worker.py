@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from gateway.control import Membership
 from gateway.worker import main
 
 CHUNK_S = 0.05
@@ -92,6 +93,7 @@ class FakeApp:
         self.is_ready = True
         self.is_draining = self.is_cutting = False
         self.requests = self.cut = 0
+        self.heard = None
         telemetry.watch("fake_requests_total", "counter", "Requests.", lambda: self.requests)
         telemetry.watch("fake_connections", "gauge", "Connections.", lambda: len(self.connections))
 
@@ -107,6 +109,11 @@ class FakeApp:
 
     def hear(self, word) -> None:
         self.heard = word
+
+    def in_flight(self, endpoints: list[str]) -> int:
+        """Streams stand for requests, until a word says that the endpoint is closed."""
+        is_closed = isinstance(self.heard, Membership) and not self.heard.is_open
+        return 0 if is_closed or endpoints != ["gpu/0"] else len(self.streams)
 
     async def start(self) -> None:
         if self.label == "refuse":

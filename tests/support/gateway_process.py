@@ -161,12 +161,15 @@ class Gateway:
         except urllib.error.HTTPError as error:
             return error.code, dict(error.headers), error.read()
 
-    def manage(self, path: str, method: str = "GET") -> Any:
+    def manage(self, path: str, method: str = "GET", body: Any = None) -> Any:
         """The management plane's JSON answer, asked for with the operator key."""
         url = f"http://127.0.0.1:{self.management_port}{path}"
         headers = {"authorization": f"Bearer {OPERATOR_KEY}"}
         with urllib.request.urlopen(
-            urllib.request.Request(url, None, headers, method=method), timeout=30
+            urllib.request.Request(
+                url, None if body is None else json.dumps(body).encode(), headers, method=method
+            ),
+            timeout=30,
         ) as answer:
             return json.loads(answer.read())
 

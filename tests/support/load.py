@@ -42,7 +42,7 @@ MODEL = "m"
 # USD per million tokens; as whole nano-dollars per token: 1000, 100, 2000.
 PRICE = {"input": 1.0, "cached_input": 0.1, "output": 2.0}
 
-# ok: the whole answer came; refused: another status; unknown: the connection broke; hung: nothing for ten seconds.
+# ok: the whole answer came; refused: another status; unknown: the connection broke; hung: nothing for `patience_s`.
 Outcome = Literal["ok", "refused", "unknown", "hung"]
 
 
@@ -60,6 +60,7 @@ class Call:
     status: int = 0
     looks_complete: bool = False  # the dialect's own end was there
     is_new_connection: bool = False
+    max_tokens: int = 100
 
     @property
     def cost_nanousd(self) -> int:
@@ -74,7 +75,7 @@ class Call:
         elif self.path == "/v1/responses":
             body["input"] = [{"role": "user", "content": self.plan.text}]
         else:
-            body |= {"messages": [{"role": "user", "content": self.plan.text}], "max_tokens": 100}
+            body |= {"messages": [{"role": "user", "content": self.plan.text}], "max_tokens": self.max_tokens}
         content = json.dumps(body).encode()
         return (
             b"POST %b HTTP/1.1\r\nhost: gateway\r\nauthorization: Bearer %b\r\n"
@@ -102,6 +103,8 @@ class Load:
         kinds: Kinds = MIXED,
         think_s: float = 0.02,
         renewal: float = 0.1,
+        max_tokens: int = 100,
+        patience_s: float = 20.0,
     ) -> None:
         self.calls: list[Call] = []
         self._serials = itertools.count(seed * 1_000_000)
@@ -109,6 +112,8 @@ class Load:
         self._kinds = kinds
         self._think_s = think_s
         self._renewal = renewal  # how often a connection is given up for a new one
+        self._max_tokens = max_tokens
+        self._patience_s = patience_s  # for each piece of an answer
         self._is_stopping = False
         self._is_down = False
         self._tasks = [
@@ -148,7 +153,7 @@ class Load:
         call.sent_at = time.perf_counter()
         try:
             if connection is None:
-                connection = await RawClient.connect(self._port, timeout_s=20)
+                connection = await RawClient.connect(self._port, timeout_s=self._patience_s)
             await connection.send(call.head_and_body())
             answer = await connection.read_answer()
         except TimeoutError:
@@ -178,4 +183,5 @@ class Load:
             tokens = Tokens(prompt, 0)
         else:
             tokens = Tokens(prompt, chance.randrange(1, 500), chance.randrange(prompt))
-        return Call(path, is_stream, Plan(next(self._serials), tokens, pause_ms), 0.0)
+        plan = Plan(next(self._serials), tokens, pause_ms)
+        return Call(path, is_stream, plan, 0.0, max_tokens=self._max_tokens)
