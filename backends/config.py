@@ -400,7 +400,6 @@ class PoolConfig(UpstreamConfig):
             members=() if self.vllm is None else _not_running(name, self.vllm),
         )
 
-
     def _engine_priority(self) -> EnginePriority:
         schedules = self.vllm is not None and self.vllm.scheduling_policy == "priority"
         wanted = ("class" if schedules else "none") if self.priority is None else self.priority
