@@ -38,7 +38,7 @@ def acknowledges_before_the_commit() -> None:
                     answers[at] = error
                 connection.execute("RELEASE operation")
         self._answer(group, answers)
-        time.sleep(0.01)  # the moment, drawn out so that a few kills hit it
+        time.sleep(0.05)  # the moment, drawn out so that a few kills hit it
         connection.execute("COMMIT")
         return answers
 
