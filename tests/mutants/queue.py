@@ -7,8 +7,10 @@ from msgspec.structs import replace
 
 import gateway.stores.queue_jobs
 import gateway.stores.queue_moves
+import gateway.stores.queue_turns
 from gateway.overflow.settled_flow import SettledFlow
 from gateway.overflow.store import QueueStoreError
+from gateway.stores.queue_schema import job_rows
 from gateway.stores.queue_thread import StoreThread
 
 
@@ -89,6 +91,18 @@ class _Slow:
         return entered
 
 
+def claims_what_is_leased() -> None:
+    """What a queue without leases does: the oldest job that has not ended is handed out, whoever has it."""
+
+    def pick(connection, line, _):
+        query = "SELECT * FROM job WHERE line = ? AND state IN ('queued', 'running') ORDER BY seq LIMIT 1"
+        return next(iter(job_rows(connection, query, (line,))), None)
+
+    gateway.stores.queue_turns.pick = pick
+    gateway.stores.queue_turns.has_ready = lambda *_: True
+
+
 MUTANTS = {
-    mutant.__name__: mutant for mutant in (fences_nobody, acknowledges_before_the_commit, settles_twice)
+    mutant.__name__: mutant
+    for mutant in (fences_nobody, acknowledges_before_the_commit, settles_twice, claims_what_is_leased)
 }

@@ -3,7 +3,7 @@ long form of 50 steps each."""
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,9 @@ SETTINGS = settings(
 )
 
 
+CHANGING = frozenset({"INSERT", "UPDATE", "DELETE", "COMMIT", "RELEASE"})
+
+
 class CrashError(Exception):
     """The process dies here."""
 
@@ -42,13 +45,15 @@ class InSqlite:
     async def open(self) -> QueueStore:
         return SqliteQueueStore(self.directory, clocks=self.clock.clocks)
 
-    def break_next(self, store: SqliteQueueStore, after: int) -> Callable[[], bool]:
+    def break_next(
+        self, store: SqliteQueueStore, after: int, words: Iterable[str] = CHANGING
+    ) -> Callable[[], bool]:
         left, has_died = after, False
         connection = store._thread._connection
 
         def trace(cursor, statement, bindings) -> bool:
             nonlocal left, has_died
-            if statement.split()[0] not in {"INSERT", "UPDATE", "DELETE", "COMMIT", "RELEASE"} or has_died:
+            if statement.split()[0] not in words or has_died:
                 return True
             left -= 1
             if left < 0:
