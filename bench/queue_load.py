@@ -40,7 +40,7 @@ def main() -> int:
     words = argparse.ArgumentParser(prog="python -m bench.queue_load", description=__doc__)
     words.add_argument("what", choices=("interactive", "overload"))
     words.add_argument("--workers", type=int, default=1)
-    words.add_argument("--slots", type=int, default=32)
+    words.add_argument("--slots", type=int, default=96)
     words.add_argument("--rate", type=float, default=4.0, help="interactive requests a second")
     words.add_argument("--seconds", type=float, default=20.0, help="of each round; of the overload 60")
     words.add_argument("--rounds", type=int, default=3, help="with and without jobs, each")
@@ -274,9 +274,7 @@ class Load:
         """Answers that the engine has finished."""
         metrics = await self.metrics()
         return sum(
-            value
-            for name, value in metrics.items()
-            if name.startswith("headgate_requests_total") and 'status="200"' in name and "parked" not in name
+            value for name, value in metrics.items() if name.startswith("headgate_billed_requests_total")
         )
 
     async def ended(self, jobs: list[str]) -> Counter[str]:

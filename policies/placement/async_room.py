@@ -44,13 +44,15 @@ def _idle(endpoint: EndpointLoad, now: float, reserve: float) -> int:
         return _UNKNOWN
     kept = max(1, ceil(endpoint.max_in_flight * reserve)) if reserve else 0
     slots = max(1, endpoint.max_in_flight - kept)
-    if not is_seen:
-        return max(0, slots - endpoint.in_flight * endpoint.processes)
-    # The engine's figure is of a moment ago. What we have sent and got back since we know ourselves; of what was idle
-    # then, each process takes its part, or they would all take the same. The figure may be older than what we had then.
-    idle = slots - endpoint.running - endpoint.waiting
-    part = -(-idle // endpoint.processes) if idle > 0 else idle
-    return max(0, min(part - (endpoint.in_flight - endpoint.in_flight_at_scrape), slots - endpoint.in_flight))
+    # Each process takes its part, or they would all take the same.
+    ours = -(-slots // endpoint.processes) - endpoint.in_flight
+    if is_seen:
+        # The engine's figure is of a moment ago, and may be older than what we had then. What we have sent and got back
+        # since we know ourselves.
+        idle = slots - endpoint.running - endpoint.waiting
+        part = -(-idle // endpoint.processes) if idle > 0 else idle
+        ours = min(ours, part - (endpoint.in_flight - endpoint.in_flight_at_scrape))
+    return max(0, ours)
 
 
 def is_congested(endpoints: Sequence[EndpointLoad], now: float) -> bool:
