@@ -24,13 +24,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from gateway.commands.data_plane import (
-    DataPlane,
-    KeyOption,
-    ServiceOption,
-    UrlOption,
-    find_data_plane,
-)
+from gateway.commands.data_plane import KeyOption, UrlOption, find_data_plane, pieces_of, send_form
+from gateway.commands.plane import Plane, ServiceOption
 from gateway.commands.storage import fail
 from gateway.commands.tables import Column, print_table
 from gateway.config import DEFAULT_PATH
@@ -172,7 +167,7 @@ def _endpoint_in(file: Path) -> str:
         fail(f"The first line of {file} is not a request of a batch: custom_id, method, url, body.")
 
 
-def _upload(plane: DataPlane, file: Path, console: Console) -> Any:
+def _upload(plane: Plane, file: Path, console: Console) -> Any:
     """As a form that is made while it is sent."""
     boundary = secrets.token_hex(16)
     name = file.name.replace('"', "%22")
@@ -195,12 +190,12 @@ def _upload(plane: DataPlane, file: Path, console: Console) -> Any:
             yield tail
 
         total_bytes = len(head) + size_bytes + len(tail)
-        return plane.send_form(
-            "/v1/files", f"multipart/form-data; boundary={boundary}", pieces(), total_bytes
+        return send_form(
+            plane, "/v1/files", f"multipart/form-data; boundary={boundary}", pieces(), total_bytes
         )
 
 
-def _follow(plane: DataPlane, batch: dict[str, Any], console: Console) -> dict[str, Any]:
+def _follow(plane: Plane, batch: dict[str, Any], console: Console) -> dict[str, Any]:
     """Until it has ended, with a bar of its lines and the time they will take."""
     columns = (
         SpinnerColumn(),
@@ -228,7 +223,7 @@ def _follow(plane: DataPlane, batch: dict[str, Any], console: Console) -> dict[s
             batch = plane.ask(f"/v1/batches/{batch['id']}")
 
 
-def _download(plane: DataPlane, batch: dict[str, Any], folder: Path, stem: str) -> list[Path]:
+def _download(plane: Plane, batch: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     """The paths that were written. A file appears when all of it is there."""
     written = []
     for name in ("output", "error"):
@@ -240,7 +235,7 @@ def _download(plane: DataPlane, batch: dict[str, Any], folder: Path, stem: str) 
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as content:
-                for piece in plane.pieces(f"/v1/files/{file_id}/content"):
+                for piece in pieces_of(plane, f"/v1/files/{file_id}/content"):
                     content.write(piece)
             part.replace(path)
         except OSError as error:

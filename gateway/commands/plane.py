@@ -1,4 +1,4 @@
-"""The management plane as commands ask it: where it is, and its answer or a sentence on why there is none.
+"""A plane of the running service as commands ask it: where it is, and its answer or a sentence on why there is none.
 
 Knows of the service only where the plane is. The operator key is best read from the environment, so that it is neither in
 a process list nor in a shell's history.
@@ -9,6 +9,8 @@ import json
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 
@@ -17,7 +19,7 @@ import typer
 from gateway.commands.storage import fail
 from gateway.config import DEFAULT_PATH, ConfigError, load
 
-_TIMEOUT_S: Final = 30.0
+_TIMEOUT_S: Final = 60.0
 
 UrlOption = Annotated[
     str,
@@ -38,23 +40,33 @@ JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 class Plane(NamedTuple):
-    """Of one running service."""
+    """One plane of a running service, as whoever has this key. `needs` says which that is, where there must be one."""
 
     url: str
     key: str
+    needs: str = ""
 
     def ask(self, path: str, method: str = "GET", body: dict[str, Any] | None = None) -> Any:
         """Its JSON answer. Ends the command with a sentence when there is none, or a refusal."""
+        data = None if body is None else json.dumps(body).encode()
+        with self.opened(path, method, data, {"content-type": "application/json"}) as answer:
+            return json.loads(answer.read())
+
+    @contextmanager
+    def opened(
+        self, path: str, method: str, data: bytes | Iterable[bytes] | None, headers: dict[str, str]
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Its answer, to be read. Ends the command as `ask` does, while it is read as well."""
         if not self.url.startswith(("http://", "https://")):
             fail("--url must begin with http:// or https://.")
-        headers = {"content-type": "application/json"}
+        if self.needs and not self.key:
+            fail(self.needs)
         if self.key:
-            headers["authorization"] = f"Bearer {self.key}"
-        data = None if body is None else json.dumps(body).encode()
+            headers = {**headers, "authorization": f"Bearer {self.key}"}
         request = urllib.request.Request(self.url.rstrip("/") + path, data, headers, method=method)  # noqa: S310 - checked above
         try:
             with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310 - checked above
-                return json.loads(answer.read())
+                yield answer
         except urllib.error.HTTPError as error:
             with error:
                 fail(_reason(error))
@@ -78,12 +90,17 @@ def _configured(path: Path) -> str:
         plane = load(path, os.environ).management
     except ConfigError as error:
         fail(str(error))
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(plane.host, plane.host)  # noqa: S104 - looked for, not bound
-    return f"http://[{host}]:{plane.port}" if ":" in host else f"http://{host}:{plane.port}"
+    return address(plane.host, plane.port)
+
+
+def address(host: str, port: int) -> str:
+    """Where something that listens there is reached from this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - looked for, not bound
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
     try:
         return str(json.loads(error.read())["error"]["message"])
     except (ValueError, KeyError, TypeError, OSError):
-        return f"The management plane answered with status {error.code}."
+        return f"The service answered with status {error.code}."

@@ -68,7 +68,7 @@ class Headroom:
             pool = target.pool
             if runtime.health.is_down(pool.endpoints, now):
                 continue
-            gate = self._gate(pool.name, now)
+            gate = self._gate(pool.name, now, is_bounded=all(e.max_in_flight for e in pool.endpoints))
             count = self._count(pool, gate, load, now)
             if count > 0 and not waiting.get(pool.name):
                 return Room(count, pool.name)
@@ -108,12 +108,13 @@ class Headroom:
         idle = idle_slots(pool.endpoints, now, self._settings().reserve) - load.unsent.get(pool.name, 0)
         return min(idle, gate.limit.room(load.running.get(pool.name, 0), now))
 
-    def _gate(self, pool: str, now: float) -> _Gate:
+    def _gate(self, pool: str, now: float, *, is_bounded: bool = False) -> _Gate:
         gate = self._gates.get(pool)
         settings = self._settings()
         if gate is None:
             gate = self._gates[pool] = _Gate(
-                AsyncLimit(settings.running), Trickle(settings.trickle_s * self._processes, now)
+                AsyncLimit(settings.running, is_bounded=is_bounded),
+                Trickle(settings.trickle_s * self._processes, now),
             )
         gate.limit.ceiling = settings.running
         return gate

@@ -222,6 +222,7 @@ class Spill:
             )
             is_answer = True
         exchange.status = answer[0]
+        exchange.ready_at = time.perf_counter()
         request.respond(*answer)
         exchange.relayed_at = time.perf_counter()
         return is_answer
@@ -317,7 +318,7 @@ class _HeldStream:
 
     def _write(self, data: bytes) -> None:
         if not self._exchange.relayed_at:
-            self._exchange.relayed_at = time.perf_counter()
+            self._exchange.ready_at = self._exchange.relayed_at = time.perf_counter()
         self._said_at = time.monotonic()
         self._request.write(data)
 

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from gateway.overflow.job import Lease
 from gateway.overflow.store import (
     IdempotencyConflictError,
     LeaseLostError,
@@ -23,7 +24,9 @@ from gateway.overflow.store import (
 )
 from gateway.stores.limit_store import StoreAwayError
 from gateway.stores.queue_journal import Ending, Journal, Promise, Step
-from gateway.stores.queue_reply import JOB_FIELDS
+from gateway.stores.queue_records import ending_of
+from gateway.stores.queue_reply import JOB_FIELDS, end_binary, end_words, job_row
+from gateway.stores.queue_schema import JobRow
 from gateway.stores.redis_connection import RedisConnection, Script
 
 _PARTS: Final = ("core", "parents", "jobs", "sweep", "restore")
@@ -99,13 +102,24 @@ class QueueNode:
         await self._meet()
         ids = await self.journal.promised(self._checked, _AT_ONCE)
         self._checked = ids[-1] if len(ids) == _AT_ONCE else ""
-        if ended := await self._those("ended", ids):
-            await self.journal.kept(ended)
+        if ids:
+            (ended,) = await self.ask("ended", {"ids": ids})
+            for _, packed in ended:
+                if packed:
+                    await self._remember(job_row(packed))
+            await self.journal.kept([each[0].decode() for each in ended])
         ids = await self.journal.ends_after(self._checked_end, _AT_ONCE)
         self._checked_end = ids[-1] if len(ids) == _AT_ONCE else ""
         if purged := await self._those("purged", ids):
             await self.journal.purge(purged)
         await self.journal.forget()
+
+    async def _remember(self, row: JobRow) -> None:
+        """A sweep ended it, whoever's: it stays ended, whatever Redis loses."""
+        lease = Lease(row.id, row.fence, row.owner)
+        arguments = end_words(lease, None, row.error, None, row.cost_nanousd) | {"state": row.state}
+        ending = ending_of(row, lease, (arguments, end_binary(None, b"", row.usage)), self.epoch)
+        await self.journal.put_end(ending._replace(is_final=True))
 
     async def _those(self, verb: str, ids: list[str]) -> list[str]:
         if not ids:

@@ -101,12 +101,15 @@ function do_verb.purged()
   return {'ok', found}
 end
 
--- Which of these jobs have ended, or were forgotten.
+-- Which of these jobs have ended, or were forgotten; with the job where no node has written its end down.
 function do_verb.ended()
   local found = {}
   for _, id in ipairs(arg.ids) do
     local state = call('HGET', job_key(id), 'state')
-    if not state or FINAL[state] then found[#found + 1] = id end
+    if not state then found[#found + 1] = {id, ''}
+    elseif FINAL[state] then
+      found[#found + 1] = {id, (state == 'dead' or state == 'expired') and shown(id) or ''}
+    end
   end
   return {'ok', found}
 end

@@ -53,6 +53,7 @@ class StoreThread:
         self._waiting: queue.SimpleQueue[_Operation | None] = queue.SimpleQueue()
         self._connection: Connection | None = self._open()
         self._reader: Connection | None = None
+        self._is_closed = False
         self._reading = ThreadPoolExecutor(1, thread_name_prefix=f"{path.stem}-read")
         self._thread = threading.Thread(target=self._run, name=path.stem, daemon=True)
         self._thread.start()
@@ -62,6 +63,8 @@ class StoreThread:
     ) -> _T:
         """The work's answer, once it is on disk. QueueStoreError as the work raised it; StoreAwayError when the database
         cannot be written. Where `is_needed` says no, there is no transaction and the answer is `otherwise`."""
+        if self._is_closed:
+            raise StoreAwayError("it was closed")
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[_T] = loop.create_future()
         self._waiting.put(_Operation(work, is_needed, otherwise, loop, answer))
@@ -83,6 +86,8 @@ class StoreThread:
             connection.close()
 
     async def close(self) -> None:
+        """What was asked for before is carried out."""
+        self._is_closed = True
         self._waiting.put(None)
         await asyncio.to_thread(self._thread.join)
         await asyncio.get_running_loop().run_in_executor(self._reading, self._close_reader)

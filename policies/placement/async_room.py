@@ -44,13 +44,15 @@ def _idle(endpoint: EndpointLoad, now: float, reserve: float) -> int:
         return _UNKNOWN
     kept = max(1, ceil(endpoint.max_in_flight * reserve)) if reserve else 0
     slots = max(1, endpoint.max_in_flight - kept)
-    if not is_seen:
-        return max(0, slots - endpoint.in_flight * endpoint.processes)
-    # The engine's figure is of a moment ago. What we have sent and got back since we know ourselves; of what was idle
-    # then, each process takes its part, or they would all take the same.
-    idle = slots - endpoint.running - endpoint.waiting
-    part = -(-idle // endpoint.processes) if idle > 0 else idle
-    return max(0, part - (endpoint.in_flight - endpoint.in_flight_at_scrape))
+    # Each process takes its part, or they would all take the same.
+    ours = -(-slots // endpoint.processes) - endpoint.in_flight
+    if is_seen:
+        # The engine's figure is of a moment ago, and may be older than what we had then. What we have sent and got back
+        # since we know ourselves.
+        idle = slots - endpoint.running - endpoint.waiting
+        part = -(-idle // endpoint.processes) if idle > 0 else idle
+        ours = min(ours, part - (endpoint.in_flight - endpoint.in_flight_at_scrape))
+    return max(0, ours)
 
 
 def is_congested(endpoints: Sequence[EndpointLoad], now: float) -> bool:
@@ -62,14 +64,14 @@ class AsyncLimit:
     """How many jobs this process may have at a pool: additive increase, multiplicative decrease.
 
     Doubles from round to round until the first refusal, then grows by one from round to round. `ceiling` is what it never
-    exceeds. Of several processes each learns its own; together they meet what the pool can bear, as TCP's flows do.
+    exceeds, and where it begins if the pool's slots are known: then it is they that bound what is started. Of several processes each learns its own; together they meet what the pool can bear, as TCP's flows do.
     """
 
     __slots__ = ("_closed_until", "_halved_at", "_threshold", "ceiling", "value")
 
-    def __init__(self, ceiling: float) -> None:
+    def __init__(self, ceiling: float, *, is_bounded: bool = False) -> None:
         self.ceiling = ceiling
-        self.value = _LEAST
+        self.value = ceiling if is_bounded else _LEAST
         self._threshold = inf
         self._halved_at = -inf
         self._closed_until = -inf

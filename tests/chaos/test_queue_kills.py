@@ -37,3 +37,17 @@ async def test_however_often_the_whole_service_is_killed_no_job_is_lost_or_bille
     run = QueueRun(tmp_path, SEED, JOBS)
     await run.kill(max(1, KILLS // 2), is_of_all=True)
     await show(run, capsys)
+
+
+@pytest.mark.skipif(KILLS < 100, reason="minutes; test_queue_acks and test_queue_zombies have quicker ones")
+@pytest.mark.parametrize("mutant", ["acknowledges_before_the_commit", "settles_twice"])
+async def test_broken_builds_are_caught(tmp_path, mutant):
+    for seed in range(SEED, SEED + 6):  # what goes wrong for a moment only needs the luck of a kill in it
+        directory = tmp_path / str(seed)
+        directory.mkdir()
+        run = QueueRun(directory, seed, 100, module="tests.mutants.gateway", mutant=mutant)
+        await run.kill(4)
+        expected = "I1: " if mutant.startswith("ack") else "I4: "
+        if any(fault.startswith(expected) for fault in run.faults()):
+            return
+    pytest.fail(f"{mutant} survived 24 kills unnoticed, seeds from {SEED}")

@@ -29,6 +29,9 @@ NEXT = {
 }
 
 
+_JOB = re.compile(r"(?:job|resp|batch)_[0-9a-z]+")
+
+
 class Submit(NamedTuple):
     """One try of a client to hand something in. `job_id` "": it never got an answer."""
 
@@ -230,17 +233,16 @@ def _read_alike(evidence: Evidence, jobs: dict[str, Job]) -> Iterator[str]:
 
 def _ledger_alone(evidence: Evidence, jobs: dict[str, Job]) -> Iterator[str]:
     rows = Counter(row.request_id for row in evidence.ledger)
-    yield from (
-        f"I4: {request_id} is in the ledger {times} times" for request_id, times in rows.items() if times > 1
-    )
-    yield from (
-        f"I4: {request_id} is in the ledger and no job"
-        for request_id in rows
-        if re.match(r"(job|resp|batch)_", request_id) and request_id.partition(".")[0] not in jobs
-    )
-    yield from (
-        f"I4: {request_id} is in the ledger as a run of its own" for request_id in rows if "." in request_id
-    )
+    for request_id, times in rows.items():
+        job_id = _JOB.match(request_id)
+        if times > 1:
+            yield f"I4: {request_id} is in the ledger {times} times"
+        if job_id is None:
+            continue  # of a request that was none
+        if job_id[0] not in jobs:
+            yield f"I4: {request_id} is in the ledger, and no job"
+        if job_id[0] != request_id:
+            yield f"I4: {job_id[0]} is in the ledger as {request_id}, too"
 
 
 def _billed(job: Job, evidence: Evidence) -> Iterator[str]:

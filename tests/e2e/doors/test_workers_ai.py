@@ -2,13 +2,14 @@
 
 import json
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 
 from tests.e2e.doors.conftest import BGE, LLAMA, OTHER_KEY
 from tests.support import recordings
-from tests.support.gateway_process import KEY
+from tests.support.gateway_process import KEY, Gateway
 from tests.support.scripted_upstream import Answer
 
 pytestmark = pytest.mark.e2e
@@ -206,6 +207,36 @@ def test_an_upstream_without_capacity_is_3040_and_a_broken_one_is_not(doors):
     assert bad(doors.native(f"run/{LLAMA}", PROMPT)) == (429, 3040)
     doors.upstream.script("chat", Answer.of_json(b"<html>"))
     assert bad(doors.native(f"run/{LLAMA}", PROMPT))[0] == 502
+
+
+@pytest.fixture
+def busy(doors, tmp_path):
+    """A model whose one slot is taken."""
+    pools = {"small": {"endpoints": [f"{doors.upstream.url}/v1"], "placement": {"max_in_flight": 1}}}
+    models = {LLAMA: {"targets": [{"pool": "small", "model": "plain"}]}}
+    gate = doors.thread.gate()
+    doors.upstream.script("chat", Answer.of_json(recordings.chat()).gate_after(0, gate))
+    with Gateway(tmp_path, queue={"enabled": True}, pools=pools, models=models) as gateway:
+        path = f"/client/v4/accounts/abc123/ai/run/{LLAMA}"
+        with ThreadPoolExecutor(1) as thread:
+            first = thread.submit(gateway.post, path, PROMPT)
+            doors.upstream.wait_for(1)
+            try:
+                yield lambda body, **headers: gateway.post(path, body, headers)
+            finally:
+                gate.set()
+            assert first.result()[0] == 200
+
+
+def test_who_will_not_wait_is_told_that_there_is_no_room_and_who_asked_for_it_gets_a_job(busy):
+    for wish in ({"options": {"rejectIfBusy": True}}, {"rejectIfBusy": True}):
+        status, headers, answer = busy(PROMPT | wish)
+        assert bad((status, json.loads(answer))) == (429, 3040)
+        assert int(headers["retry-after"]) >= 1
+    status, headers, answer = busy(PROMPT, **{"x-headgate-on-full": "queue"})
+    found = json.loads(answer)
+    assert (status, found["success"], found["result"]["object"]) == (202, True, "job")
+    assert headers["x-headgate-job"] == found["result"]["id"]
 
 
 def test_the_openai_routes_are_there_under_the_account(doors):

@@ -145,6 +145,20 @@ async def test_what_was_cancelled_stays_cancelled_and_what_is_too_late_expires(n
     assert (await nodes.one.get("t1", "job_b")).state == "expired"
 
 
+async def test_what_a_sweep_ended_stays_so(nodes):
+    await nodes.one.submit(a_job("job_a"), NO_LIMITS)
+    await nodes.one.submit(a_job("job_b", expires_in_s=60), NO_LIMITS)
+    for owner in ("o1", "o2", "o3"):
+        await nodes.two.claim(LANE, owner, is_alone=owner == "o3")
+        await nodes.two.owner_died(owner)
+    nodes.clock.forward(61)
+    await nodes.two.sweep()
+    await nodes.one.sweep()  # which finds that what it promised has ended
+    await nodes.flushed()
+    assert (await nodes.one.get("t1", "job_a")).state == "dead"
+    assert (await nodes.one.get("t1", "job_b")).state == "expired"
+
+
 async def test_a_parent_and_its_children_are_there_after_a_flush(nodes):
     _, lease = await nodes.one.open_parent(a_parent("batch_a", details=b"d", webhook="hook"), OWNER)
     children = [a_job(f"job_{n}", reference=f"line-{n}") for n in range(4)]
