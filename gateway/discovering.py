@@ -15,9 +15,9 @@ from backends.discovery.config import DiscoveryConfig
 from backends.discovery.dns import DnsFinder
 from backends.discovery.found import DiscoveryError, Found, members_of
 from backends.discovery.kubernetes import KubernetesFinder
-from backends.discovery.listed_file import FileFinder
 from backends.member import Member
 from gateway.config import Config
+from gateway.listed_file import FileFinder
 from gateway.placed import PlacedPool
 
 # How long a start or reload waits for a first answer; without one it goes on, and the pool is empty until there is one.

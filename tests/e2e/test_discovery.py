@@ -51,7 +51,7 @@ def test_services_of_a_name_are_found_join_and_leave_and_sessions_stay(tmp_path)
         serve(first)
         with a_gateway(tmp_path, {"dns": {**dns, "nameserver": server.name}}) as gateway:
             (only,) = names(gateway)
-            assert "127" not in only
+            assert "127.0" not in only
             assert chat(gateway, "s")[1]["x-headgate-target"] == only
             serve(first, second)
             until(lambda: len(names(gateway)) == 2, "joined")

@@ -6,7 +6,7 @@ import pytest
 
 from backends.discovery.config import DiscoveryConfig
 from backends.discovery.found import DiscoveryError, Found
-from backends.discovery.listed_file import FileFinder, entries
+from gateway.listed_file import FileFinder, entries
 
 SETTINGS = DiscoveryConfig.model_validate({"file": {"path": "engines"}, "every_s": 0.05, "role": "decode"})
 A, B = "http://10.0.0.1:8000/v1", "http://10.0.0.2:8000/v1"
