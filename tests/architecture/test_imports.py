@@ -18,7 +18,7 @@ ONLY_IN = {
     "apsw": {"gateway/stores"},
     "genai_prices": {"policies"},
     "redis": {"gateway/stores"},
-    "yaml": {"gateway/config_file.py"},
+    "yaml": {"gateway/config_file.py", "gateway/listed_file.py"},
     "typer": {"gateway/commands"},
     "rich": {"gateway/commands"},
 }
