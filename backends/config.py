@@ -21,13 +21,14 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     SecretStr,
-    ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
 
 from backends.dialect import DIALECTS
+from backends.discovery.config import DiscoveryConfig
 from backends.health_config import HealthConfig
+from backends.local_path import LocalPath
 from backends.member import Member, Role
 from backends.origin import Origin, Proxy
 from backends.placement_config import PlacementConfig
@@ -47,12 +48,6 @@ _FRAMING: Final = frozenset(
 _CREDENTIALS: Final = frozenset({"authorization", "proxy-authorization", "x-api-key", "api-key", "cookie"})
 _HEADER_NAME: Final = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+")
 _DIRECT: Final = "direct"
-
-
-def _anchor(path: Path, info: ValidationInfo) -> Path:
-    """Relative paths count from the configuration file's directory."""
-    directory: Path = (info.context or {}).get("directory", Path())
-    return directory / path
 
 
 def _blank_is_none(value: Any) -> Any:
@@ -121,8 +116,7 @@ def _ca_file(path: Path) -> Path:
     return path
 
 
-LocalPath = Annotated[Path, AfterValidator(_anchor)]
-CaFile = Annotated[Path, AfterValidator(_anchor), AfterValidator(_ca_file)]
+CaFile = Annotated[LocalPath, AfterValidator(_ca_file)]
 Names = Annotated[
     tuple[str, ...] | None,
     PlainValidator(_names),
@@ -351,12 +345,14 @@ class PoolConfig(UpstreamConfig):
     """Run engine simulators instead."""
     vllm: VllmConfig | None = None
     """Run vLLM instead (docs/engine.md)."""
+    discovery: DiscoveryConfig | None = None
+    """Look endpoints up instead (docs/engine.md)."""
 
     @model_validator(mode="after")
     def _has_engines(self) -> "PoolConfig":
-        sources = (bool(self.endpoints), self.simulator is not None, self.vllm is not None)
-        if self.enabled and sum(sources) != 1:
-            raise ValueError("needs one of endpoints, vllm and simulator")
+        sources = (self.simulator, self.vllm, self.discovery)
+        if self.enabled and bool(self.endpoints) + sum(source is not None for source in sources) != 1:
+            raise ValueError("needs one of endpoints, discovery, vllm and simulator")
         if len(set(self.endpoints)) != len(self.endpoints):
             raise ValueError("endpoints: the same address twice")
         if self.vllm is not None and (self.weights or self.data_parallel_ranks > 1):

@@ -85,6 +85,10 @@ class Chain:
         longer.tail = rest[full:]
         return longer
 
+    def is_same(self, other: "Chain") -> bool:
+        """Of the same tokens; both of the same block size."""
+        return self.names == other.names and self.tail == other.tail
+
     def cacheable_tokens(self, blocks: int) -> int:
         """What an engine reports as cached if it holds so many of the blocks: never the whole prompt."""
         step = self.block_size

@@ -28,13 +28,13 @@ from backends.config import (
     BlankIsNone,
     DeadlinesConfig,
     HeaderName,
-    LocalPath,
     OutboundConfig,
     PoolConfig,
     PoolSettings,
     ProviderConfig,
     providers_in,
 )
+from backends.local_path import LocalPath
 from gateway.alerts import AlertsConfig
 from gateway.config_checks import explain, reference_problems, upstream_name
 from gateway.config_file import ConfigError, Document, read_document

@@ -32,6 +32,8 @@ _ASK_S: Final = 5.0
 _RETRY_S: Final = 2.0
 # An engine that computes whole blocks and tells of none for so long does not publish.
 _SILENT_S: Final = 10.0
+# An engine may count what it computed as much later than it told of it.
+_SETTLE_S: Final = 5.0
 # Where the size of a block is not known yet: the largest that is in use.
 _LARGE_BLOCK: Final = 256
 _SNAPSHOT_NAMES: Final = 250_000  # in one message
@@ -59,7 +61,7 @@ class _Feed:
         self._tell = tell
         self._gaps = gaps
         self._heard_at = 0.0
-        self._base: EngineTotals | None = None  # when something was last heard
+        self._base: EngineTotals | None = None  # a moment after something was last heard
         self._why = ""
         self._is_silent = False
         self.task = asyncio.create_task(self._follow(), name=f"KV events of {endpoint.name}")
@@ -76,7 +78,9 @@ class _Feed:
     def worked(self, totals: EngineTotals, in_engine: int, now: float) -> None:
         """What the engine has done so far, by its own count. Blocks that were computed must have been told of."""
         base = self._base
-        if base is None or self.state not in ("complete", "partial") or totals.finished < base.finished:
+        if self.state not in ("complete", "partial") or now - self._heard_at < _SETTLE_S:
+            return
+        if base is None or totals.finished < base.finished:
             self._base = totals
             return
         block = self.stream.blocks.block_size or _LARGE_BLOCK

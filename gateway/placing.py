@@ -144,6 +144,11 @@ _REFUSALS: Final = {
 
 def _not_served(exchange: Exchange) -> Denial:
     assert exchange.model is not None  # admit refuses names nobody serves
+    if any(not target.pool.endpoints for target in exchange.targets or exchange.model.targets):
+        # None is found now: what they would speak, nobody knows.
+        return Denial(
+            503, "no_endpoint", _REFUSALS["no_endpoint"].format(model=exchange.model_name), retry_after_s=1.0
+        )
     spoken = ", ".join(f"`{DIALECTS[name].path}`" for name in exchange.model.dialects())
     return Denial(
         400,

@@ -28,6 +28,8 @@ _WHOLE_BYTES: Final = 256 << 10
 # What is split into messages at all: a millisecond's work.
 _MOST_BYTES: Final = 1 << 20
 _PREAMBLE_BYTES: Final = 4096
+# Hashed without a pause: less than a millisecond.
+_STEP_TOKENS: Final = 4096
 
 
 class PromptTokens:
@@ -102,13 +104,13 @@ class _Conversation:
         if not template.is_useful():
             return "refuted"
         if isinstance(asked, list):
-            return self._found(exchange, self._empty.extended(asked), template)
+            return self._found(exchange, await _extended(self._empty, asked), template)
         if len(asked) > _WHOLE_BYTES:
             return "too_long"
         (key,) = message_keys(self._seed(b"text"), [asked])
         _, chain = self._known.longest([key], self._empty.block_size)
         if chain is None:
-            chain = self._empty.extended(await self._ask(asked))
+            chain = await _extended(self._empty, await self._ask(asked))
             self._known.remember(key, chain)
         return self._found(exchange, chain, template)
 
@@ -126,21 +128,25 @@ class _Conversation:
         size = sum(map(len, chat.messages[count:]))
         if size > _WHOLE_BYTES:
             return "too_long"
+        parts: Chain | None = None
         if known is None:
             tokens = await self._ask_whole(chat, template)
             await self._learn_first(chat, keys[0], template, tokens)
         else:
             added = await self._ask_end(chat, count, template)
             messages = None if added is None else template.without_opening(added)
-            if added is not None and messages is not None and not template.wants_proof():
-                return self._remember(exchange, keys[-1], known.extended(messages), template)
-            tokens = await self._ask(chat.asked(self._target.model_json))
             if messages is not None:
-                template.compared(is_same=_ends_alike(self._empty, known.extended(added or ()), tokens))
+                parts = await _extended(known, messages)
+                if not template.wants_proof():
+                    return self._remember(exchange, keys[-1], parts, template)
+            tokens = await self._ask(chat.asked(self._target.model_json))
         messages = template.without_opening(tokens)
-        if messages is None:
-            return self._found(exchange, self._empty.extended(tokens), template)
-        return self._remember(exchange, keys[-1], self._empty.extended(messages), template)
+        chain = await _extended(self._empty, tokens if messages is None else messages)
+        if parts is not None:
+            template.compared(is_same=messages is not None and chain.is_same(parts))
+        if messages is None or not template.is_joined:
+            return self._found(exchange, await _extended(self._empty, tokens), template)
+        return self._remember(exchange, keys[-1], chain, template)
 
     async def _ask_whole(self, chat: Chat, template: Template) -> list[int]:
         """All of the prompt, and, the first time, how this model begins an answer."""
@@ -173,7 +179,7 @@ class _Conversation:
         except ValueError:
             return  # its template wants more than one message
         if whole[: len(tokens)] == tokens:
-            self._known.remember(key, self._empty.extended(tokens))
+            self._known.remember(key, await _extended(self._empty, tokens))
 
     async def _ask_end(self, chat: Chat, first: int, template: Template) -> list[int] | None:
         """The messages from `first` on, and the opening; None if this model cannot be asked so."""
@@ -207,9 +213,14 @@ class _Conversation:
         return seed
 
 
-def _ends_alike(empty: Chain, parts: Chain, whole: Sequence[int]) -> bool:
-    chain = empty.extended(whole)
-    return chain.names == parts.names and chain.tail == parts.tail
+async def _extended(chain: Chain, tokens: Sequence[int]) -> Chain:
+    """In steps between which others have their turn."""
+    if len(tokens) <= _STEP_TOKENS:
+        return chain.extended(tokens)
+    for start in range(0, len(tokens), _STEP_TOKENS):
+        chain = chain.extended(tokens[start : start + _STEP_TOKENS])
+        await asyncio.sleep(0)
+    return chain
 
 
 def _salt_of(exchange: Exchange, target: Target, secret: bytes) -> str | None:

@@ -24,6 +24,7 @@ from gateway import floors
 from gateway.alert_delivery import AlertOutbox, receivers_of
 from gateway.config import Config, ManagementConfig, ServerConfig
 from gateway.control import OfEndpoint
+from gateway.discovering import Discovering
 from gateway.engines import Engines
 from gateway.exposition import Page
 from gateway.first_start import Addresses, FirstKeys, keys_text, make_first_keys, ready_text, try_text
@@ -100,6 +101,7 @@ class Server:
             self._page, alerts, lambda: self._for_workers(self._config), self._publish
         )
         self._engines = Engines(self._storage, self._switchboard)
+        self._discovering = Discovering(self._switchboard.republish)
         self._applying = asyncio.Lock()
         self._queue: ServiceQueue | None = None
         self._stop = asyncio.Event()
@@ -153,6 +155,8 @@ class Server:
             await self._unless_stopped(self._simulators.start(self._config))
             ending.push_async_callback(self._engines.stop)
             await self._unless_stopped(self._engines.start(self._config))
+            ending.push_async_callback(self._discovering.stop)
+            await self._unless_stopped(self._discovering.apply(self._config))
             ending.push_async_callback(self._switchboard.stop)
             await self._join_nodes(ending)
             await self._start_workers(listener, ending)
@@ -231,7 +235,8 @@ class Server:
         return self._placed(config).model_copy(update={"server": server}).to_json()
 
     def _placed(self, config: Config) -> PlacedConfig:
-        return PlacedConfig.of(config, self._simulators.placed() | self._engines.placed())
+        found = self._simulators.placed() | self._engines.placed() | self._discovering.placed()
+        return PlacedConfig.of(config, found)
 
     def _draw_jobs(self, is_on: bool) -> None:  # noqa: FBT001 - a callback's one argument
         if self._fleet is not None:
@@ -299,10 +304,12 @@ class Server:
             try:
                 await self._engines.start_late(config)
                 self._engines.apply(config)
+                await self._discovering.apply(config)
                 await self._give(config)
             except (PlanError, StartError, ReloadError) as error:
                 # All workers serve the same configuration, so those that took it go back.
                 self._engines.apply(self._config)
+                await self._discovering.apply(self._config)
                 await self._give(self._config)
                 raise ReloadError(str(error)) from error
             self._keyring.declare(config.declared_keys())

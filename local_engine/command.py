@@ -19,7 +19,7 @@ from local_engine.vllm_config import Role, VllmConfig
 API_KEY_VARIABLE: Final = "VLLM_API_KEY"
 _RPC_PORT: Final = 29550  # vLLM's own default
 _MIB: Final = 1 << 20
-# An engine on the CPU takes an eighth of the memory for its cache, between these.
+# Engines on the CPU take a sixteenth of the memory for their caches, all together; each has between these.
 _CPU_CACHE_BYTES: Final = (64 * _MIB, 4096 * _MIB)
 # The check that memory is free counts this share of it; the cache has its own size.
 _CPU_MEMORY_SHARE: Final = 0.05
@@ -168,7 +168,7 @@ def cpu_cache_bytes(spec: VllmConfig, memory_bytes: int) -> int:
     if spec.kv_cache_memory_bytes is not None:
         return spec.kv_cache_memory_bytes
     least, most = _CPU_CACHE_BYTES
-    share = memory_bytes // 8 // (spec.slots * spec.gpus_per_replica)
+    share = memory_bytes // 16 // (spec.slots * spec.gpus_per_replica)
     return min(max(share // _MIB * _MIB, least), most)
 
 

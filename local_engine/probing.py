@@ -29,6 +29,8 @@ _STEPS: Final = (
     "vllm:generation_tokens_total",
     "vllm:prompt_tokens_total",
 )
+# A reranker or a speech model: it has none of these routes, or refuses the task, and that is all one can ask of it.
+_NOT_OFFERED: Final = frozenset({400, 404, 405, 501})
 _SAMPLE: Final = re.compile(r"(?P<name>[a-z:_]+)(?:\{(?P<labels>[^}]*)\})? (?P<value>[0-9.eE+-]+)")
 _ENGINE: Final = re.compile(r'engine="([^"]*)"')
 
@@ -56,7 +58,7 @@ class HttpProber:
             path, body = _SMALLEST["embedding" if plan.probes_embedding else "completion"]
             body = {"model": plan.probe_model, **body}
             status, answer = await self._ask("POST", root + path, plan, _GENERATE_S, body)
-            if status != 200:
+            if status != 200 and status not in _NOT_OFFERED:
                 return f"{status}: {answer[:200]}" if status else answer
         return ""
 

@@ -51,8 +51,8 @@ class Scaler:
         if current > high:
             return self._step(high, "schedule" if high < settings.max else "bounds")
         is_busy = load.waiting > 0 or load.in_flight > 0
-        if is_busy:
-            self._idle_since_at = None
+        if is_busy or not load.ready:
+            self._idle_since_at = None  # one that is still starting was wanted by somebody
         elif self._idle_since_at is None:
             self._idle_since_at = now
         least = max(low, 1) if is_busy or current > 0 else low

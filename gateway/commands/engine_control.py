@@ -1,6 +1,7 @@
 """`headgate engine status|restart|scale|drain|resume|sleep|wake`: engines of the running service, asked of its plane."""
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, Final
 
 import typer
@@ -71,54 +72,32 @@ def scale(
     _act(find_plane(url, key, config_path), pool, "scale", {"replicas": replicas}, as_json=as_json)
 
 
-def drain(
-    name: NameArgument,
-    url: UrlOption = "",
-    key: OperatorOption = "",
-    config_path: ServiceOption = DEFAULT_PATH,
-    *,
-    as_json: JsonOption = False,
-) -> None:
-    """Send nothing new to it; it keeps running. `resume` ends that."""
-    pool, slot = _slot(name)
-    _act(find_plane(url, key, config_path), pool, "drain", {"slot": slot}, as_json=as_json)
+def _simple(action: str, text: str) -> Callable[..., None]:
+    """A command that says nothing but whose engines are meant."""
+
+    def command(
+        name: NameArgument,
+        url: UrlOption = "",
+        key: OperatorOption = "",
+        config_path: ServiceOption = DEFAULT_PATH,
+        *,
+        as_json: JsonOption = False,
+    ) -> None:
+        pool, slot = _slot(name)
+        body = {} if slot is None else {"slot": slot}
+        _act(find_plane(url, key, config_path), pool, action, body, as_json=as_json)
+
+    command.__name__, command.__doc__ = action, text
+    return command
 
 
-def resume(
-    name: NameArgument,
-    url: UrlOption = "",
-    key: OperatorOption = "",
-    config_path: ServiceOption = DEFAULT_PATH,
-    *,
-    as_json: JsonOption = False,
-) -> None:
-    """What was drained takes requests again."""
-    pool, slot = _slot(name)
-    _act(find_plane(url, key, config_path), pool, "resume", {"slot": slot}, as_json=as_json)
-
-
-def sleep(
-    pool: PoolArgument,
-    url: UrlOption = "",
-    key: OperatorOption = "",
-    config_path: ServiceOption = DEFAULT_PATH,
-    *,
-    as_json: JsonOption = False,
-) -> None:
-    """Give its GPUs' memory back, until a request or `wake` comes; engines that cannot sleep end."""
-    _act(find_plane(url, key, config_path), pool, "sleep", {}, as_json=as_json)
-
-
-def wake(
-    pool: PoolArgument,
-    url: UrlOption = "",
-    key: OperatorOption = "",
-    config_path: ServiceOption = DEFAULT_PATH,
-    *,
-    as_json: JsonOption = False,
-) -> None:
-    """End its sleep."""
-    _act(find_plane(url, key, config_path), pool, "wake", {}, as_json=as_json)
+drain = _simple("drain", "Send nothing new to it; it keeps running. `resume` ends that.")
+resume = _simple("resume", "What was drained takes requests again.")
+sleep = _simple(
+    "sleep",
+    "Give a pool's GPU memory back, until a request or `wake` comes; engines that cannot sleep end.",
+)
+wake = _simple("wake", "End the sleep of a pool.")
 
 
 def _act(plane: Plane, pool: str, action: str, body: dict[str, Any], *, as_json: bool) -> None:

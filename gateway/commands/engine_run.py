@@ -36,6 +36,10 @@ def run(
     ],
     replicas: Annotated[int, typer.Option(min=1, help="Engines that serve it.")] = 1,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs of each.")] = 1,
+    cache_mib: Annotated[
+        int | None,
+        typer.Option(min=1, help="Memory for the cache of each GPU, or of each engine on the CPU."),
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Where to serve; 0: any free one.")] = 8080,
     management_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8081,
     directory: Annotated[Path, typer.Option(help="Where data and the configuration go.")] = _DIRECTORY,
@@ -53,7 +57,11 @@ def run(
         model = str(folder.absolute())
     directory = directory.absolute()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    values = _configuration(model, vllm, replicas, tensor_parallel_size)
+    values = _configuration(model, vllm)
+    engine = values["pools"][_POOL]["vllm"]
+    engine |= {"replicas": replicas, "tensor_parallel_size": tensor_parallel_size}
+    if cache_mib is not None:
+        engine["kv_cache_memory_bytes"] = cache_mib << 20
     values["storage"] = {"directory": str(directory)}
     values["server"] = {"port": port, "workers": 1}
     values["management"] = {"port": management_port}
@@ -70,10 +78,8 @@ def _environments() -> list[Path]:
     return [*found, _CPU_ENVIRONMENT.absolute()]
 
 
-def _configuration(model: str, vllm: Vllm, replicas: int, tensor_parallel_size: int) -> dict[str, Any]:
-    engine: dict[str, Any] = {"model": model, "replicas": replicas, "command": list(vllm.command)}
-    if tensor_parallel_size > 1:
-        engine["tensor_parallel_size"] = tensor_parallel_size
+def _configuration(model: str, vllm: Vllm) -> dict[str, Any]:
+    engine: dict[str, Any] = {"model": model, "command": list(vllm.command)}
     if vllm.is_for_cpu:
         engine["gpus"] = "none"
     name = served_name(model)

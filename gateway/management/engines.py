@@ -36,6 +36,8 @@ def listed(engines: Engines) -> dict[str, Any]:
 def carry_out(engines: Engines, pool: str, action: Action, wanted: EngineBody) -> dict[str, Any]:
     """Begins it; how it goes is in the list."""
     name = pool if wanted.slot is None else f"{pool}/{wanted.slot}"
+    if wanted.slot is not None and action not in ("drain", "resume"):
+        raise ValueError(f"`{action}` is for a whole pool: leave out the replica.")
     try:
         supervisor = engines.supervisor
         match action:

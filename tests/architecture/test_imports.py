@@ -19,7 +19,7 @@ ONLY_IN = {
     "cryptography": {"gateway/overflow/sealing.py"},
     "genai_prices": {"policies"},
     "redis": {"gateway/stores"},
-    "yaml": {"gateway/config_file.py"},
+    "yaml": {"gateway/config_file.py", "gateway/listed_file.py"},
     "typer": {"gateway/commands"},
     "rich": {"gateway/commands"},
 }

@@ -1,21 +1,10 @@
 """A publisher's messages: gaps, repetitions, restarts; against a publisher that is simulated with all its faults."""
 
-import random
-
-import msgspec
 import pytest
 
-from backends.kv_blocks import HeldBlocks
-from backends.kv_events import read_batch
 from backends.kv_stream import KvStream, Message
-
-
-def message(number, *events, time=None):
-    return Message(number, msgspec.msgpack.encode([float(number if time is None else time), list(events), 0]))
-
-
-def stored(name, *, parent=None):
-    return ["BlockStored", [name], parent, [name, name], 2, None]
+from tests.mutants.kv_events import MUTANTS
+from tests.support.kv_publisher_life import live, message, stored
 
 
 def begun(*messages):
@@ -97,35 +86,14 @@ def test_an_unreadable_message_is_counted_and_passed_over():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_whatever_is_lost_the_picture_is_the_publishers_own_or_says_that_it_is_not(seed):
-    """Losses, restarts and a short memory, against the truth: the events of the publisher's present life, all of them."""
-    rng = random.Random(seed)
-    stream, log, kept, told = KvStream(), [], 8, set()
-    clock, is_lost = 0, False
+def test_whatever_is_lost_what_is_believed_is_what_the_publisher_holds(seed):
+    live(seed)
 
-    def repeat(first):
-        return [m for m in log[-kept:] if m.number >= first]
 
-    stream.restart([])
-    for _ in range(400):
-        clock += 1
-        if rng.random() < 0.02:
-            log, is_lost = [], True  # it died, which its connection tells, and begins again
-        names = rng.sample(range(30), 2)
-        events = [stored(names[0]), ["BlockRemoved", [names[1]]]]
-        log.append(message(len(log), *events, time=clock))
-        if rng.random() < 0.15:
-            continue  # lost
-        change = None if is_lost else stream.take(log[-1])
-        if change is None:
-            is_lost = False
-            change = stream.resume(repeat(stream.repair_from))
-            if change is None:
-                change = stream.restart(repeat(0))
-        told = (set() if change.is_cleared else told) - set(change.removed) | set(change.added)
-        truth = HeldBlocks()
-        for past in log[0 if stream.is_complete else max(0, len(log) - kept) :]:
-            truth.adopt(read_batch(past.payload).events)
-        assert told == set(stream.blocks.names())
-        if stream.is_complete:
-            assert told == set(truth.names())
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_build_that_believes_wrongly_is_caught(monkeypatch, mutant):
+    owner, name, instead = MUTANTS[mutant]
+    monkeypatch.setattr(owner, name, instead)
+    with pytest.raises(AssertionError, match="seed"):
+        for seed in range(20):
+            live(seed)

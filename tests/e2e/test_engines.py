@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gateway.commands.app import app
+from local_engine.free_ports import FreePorts
 from tests.support.engine_pool import (
     PRICE,
     EnginePool,
@@ -36,7 +37,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePool]:
     broken = fake_spec(replicas=1, env={"FAKE_VLLM_FAULT": f"exit:{LOGS / 'missing_weights.log'}"})
     seldom = fake_spec(
         replicas=1,
-        scale={"min": 0, "max": 2, "waiting": 1, "up_after_s": 0, "zero_after_s": 2},
+        scale={"min": 0, "max": 2, "waiting": 1, "up_after_s": 0, "zero_after_s": 8},
         extra_args=["--time-scale", "1"],
     )
     more = {
@@ -78,21 +79,38 @@ def headgate(gateway: EnginePool, *arguments: str) -> str:
     return result.output
 
 
-async def test_a_rolling_restart_at_steady_load_fails_no_request(two_ready):
+async def test_replacing_engines_by_command_and_by_another_specification_fails_no_request(two_ready):
+    """The second time they also listen elsewhere: every worker gets the new addresses, one after another."""
     gateway = two_ready
-    before = {name: replica["pid"] for name, replica in gateway.engines().items()}
+    first = pids(gateway)
     load = a_load(gateway)
     try:
         headgate(gateway, "restart", "gpu")
         await gateway.until(lambda: not gateway.pool()["change"])
+        second = pids(gateway)
+        gateway.config["pools"]["gpu"]["vllm"]["port"] = three_ports()
+        gateway.write_config()
+        assert gateway.manage("/api/reload", "POST")["applied"]
+        await gateway.until(lambda: not gateway.pool()["change"])
     finally:
         await load.stop()
-    after = {name: replica["pid"] for name, replica in gateway.engines().items()}
-    assert before["gpu/0"] != after["gpu/0"]
-    assert before["gpu/1"] != after["gpu/1"]
+    third = pids(gateway)
+    assert not set(first) & set(second)
+    assert not set(second) & set(third)
     assert not failed(load.calls)
     assert len(load.calls) > 20, "too little load to show anything"
-    assert {row["endpoint"] for row in gateway.rows()} >= {"gpu/0", "gpu/1"}
+    rows = gateway.rows(len(load.calls))
+    attempts = {row["attempts"] for row in rows if str(row["endpoint"]).startswith("gpu/")}
+    assert attempts == {1}, "not even a retry was needed"
+
+
+def pids(gateway: EnginePool) -> list[int]:
+    return [gateway.engines()[name]["pid"] for name in ("gpu/0", "gpu/1")]
+
+
+def three_ports() -> int:
+    """The first of three in a row that are free, below those that the kernel gives out."""
+    return FreePorts(range(12000, 17000)).take("test", 3, "127.0.0.1")
 
 
 async def test_a_killed_engine_costs_only_streams_it_had_begun_and_comes_back_without_help(two_ready):

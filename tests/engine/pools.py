@@ -22,6 +22,7 @@ def a_pool(model: str, **spec: Any) -> dict[str, Any]:
             "command": list(found.command),
             "gpus": "none",
             "enforce_eager": True,
+            "kv_cache_memory_bytes": 67_108_864,
             "max_model_len": 4096,
             "prefix_caching": {"block_size": 32},
             "start_timeout_s": READY_S,

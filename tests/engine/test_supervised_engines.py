@@ -121,6 +121,7 @@ async def test_an_engine_that_somebody_else_told_to_end_refuses_what_another_the
     stream = await RawClient.connect(gateway.port, timeout_s=60)
     await stream.send(request_bytes(long, session))
     await gateway.until(lambda: gateway.metrics().get('headgate_requests_in_flight{endpoint="gpu/0"}') == 1)
+    before = gateway.engines()["gpu/0"]["pid"]
     os.kill(gateway.main_process("gpu/0"), signal.SIGTERM)
     answers = []
     for _ in range(20):
@@ -137,6 +138,7 @@ async def test_an_engine_that_somebody_else_told_to_end_refuses_what_another_the
     print(f"while it ended: {told}")
     assert {status for status, *_ in told} == {200}
     assert told[-1] == (200, "2", "gpu/1")
+    await gateway.until(lambda: gateway.engines()["gpu/0"]["pid"] not in (None, before), START_S)
     await gateway.until(lambda: gateway.states() == ["ready", "ready"], START_S)
 
 

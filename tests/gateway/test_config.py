@@ -163,10 +163,10 @@ provders: {}
             "an alias is a whole name, without *",
         ),
         ("pools: {openai: {endpoints: ['http://e:1/v1']}}", "pools.openai: is also the name of a provider"),
-        ("pools: {p: {}}", "pools.p: needs one of endpoints, vllm and simulator"),
+        ("pools: {p: {}}", "pools.p: needs one of endpoints, discovery, vllm and simulator"),
         (
             "pools: {p: {simulator: {}, endpoints: ['http://e:1']}}",
-            "pools.p: needs one of endpoints, vllm and simulator",
+            "pools.p: needs one of endpoints, discovery, vllm and simulator",
         ),
         (
             "pools: {p: {endpoints: ['http://e:1/v1', 'http://e:1/v1/']}}",

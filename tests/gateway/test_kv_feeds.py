@@ -209,6 +209,7 @@ async def test_an_engine_that_computes_and_tells_nothing_is_not_believed(
     setting, publishers, ipc, monkeypatch
 ):
     monkeypatch.setattr(kv_feeds, "_SILENT_S", 0.2)
+    monkeypatch.setattr(kv_feeds, "_SETTLE_S", 0.1)
     publisher = publishers(*ipc)
     setting.publishes(publisher)
     await setting.follow()

@@ -85,6 +85,15 @@ def test_the_last_one_goes_after_a_while_without_any_request_and_comes_back_for_
     assert run(Scaler(ScaleConfig(min=1, max=2)), 1, 5000, idle) == []
 
 
+def test_one_that_was_woken_and_starts_is_not_unused_yet():
+    scaler = Scaler(ScaleConfig(min=0, max=2, zero_after_s=10))
+    idle = load(1, in_flight=0, saturation=0.0)
+    assert run(scaler, 1, 12, idle) == [(10, 0, "unused")]
+    for now in range(100, 160):  # woken, and its requests are not in the figures yet
+        assert scaler.decide(1, load(0, in_flight=0), float(now), MONDAY).replicas == 1
+    assert run(scaler, 1, 12, idle, begin=160) == [(170, 0, "unused")]
+
+
 def test_the_calendar_has_bounds_of_its_own():
     settings = ScaleConfig.model_validate(
         {

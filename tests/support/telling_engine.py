@@ -1,4 +1,4 @@
-"""An engine that generates nothing and tells: how it tokenises, and where it publishes KV events."""
+"""An engine that says little and tells much: how it tokenises, and where it publishes KV events."""
 
 from typing import Any
 
@@ -20,6 +20,7 @@ class TellingEngine:
         self.forgetful = False
         self.minds_beginnings = False
         self.status = 200
+        self.cached_tokens = 0  # what its answers say of their prompts
         self._words: dict[str, int] = {}
 
     @property
@@ -52,6 +53,28 @@ class TellingEngine:
             return web.json_response({"error": {"message": "no"}}, status=400 if is_odd else self.status)
         return web.json_response({"tokens": self.tokens(body)})
 
+    async def _chat(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        prompt = len(self.tokens(body | {"add_generation_prompt": True}))
+        choice = {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": "So it is."},
+        }
+        usage = {
+            "prompt_tokens": prompt,
+            "completion_tokens": 3,
+            "total_tokens": prompt + 3,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+        return web.json_response(
+            {"id": "c", "object": "chat.completion", "created": 1, "model": body["model"]}
+            | {"choices": [choice], "usage": usage}
+        )
+
+    async def _healthy(self, _: web.Request) -> web.Response:
+        return web.Response()
+
     async def _sources(self, _: web.Request) -> web.Response:
         return web.json_response(self.sources)
 
@@ -59,6 +82,8 @@ class TellingEngine:
         app = web.Application(client_max_size=1 << 24)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_get("/kv_event_sources", self._sources)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_get("/health", self._healthy)
         self._runner = web.AppRunner(app, shutdown_timeout=1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
