@@ -170,10 +170,8 @@ class Sending:
             endpoint.orca.heed(endpoint, reply.header(HEADER), now)
         if exchange.attempt is not None:
             exchange.attempt.heard(now)
-        if reply.status >= 400:
-            return Sent(reply, encoded.strips_usage)
-        if is_stream(reply):
-            return Sent(reply, encoded.strips_usage, is_stream=True)
+        if reply.status >= 400 or is_stream(reply):
+            return Sent(reply, encoded.strips_usage, is_stream=reply.status < 400)
         body = await read_whole(exchange, reply, runtime.response_bytes)
         if exchange.attempt is not None and exchange.usage is not None:
             exchange.attempt.add_work(_TOKEN_WORK * exchange.usage.output_tokens)

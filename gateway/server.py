@@ -6,7 +6,6 @@ SIGTERM and SIGINT drain (a second one cuts the drain short), SIGHUP reloads, SI
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import resource
@@ -22,7 +21,7 @@ from aiohttp import web
 
 from gateway import floors
 from gateway.alert_delivery import AlertOutbox, receivers_of
-from gateway.config import Config, ManagementConfig, ServerConfig
+from gateway.config import Config
 from gateway.control import OfEndpoint
 from gateway.discovering import Discovering
 from gateway.engines import Engines
@@ -32,6 +31,7 @@ from gateway.fleet import Fleet, FleetSettings, WorkerError
 from gateway.intents import recover_orphans
 from gateway.keys import Keyring, load_pepper
 from gateway.kv_feeds import KvFeeds
+from gateway.listener import ListenError, bound, url_of
 from gateway.logs import start_logging, watch_loop
 from gateway.management.app import Plane
 from gateway.node import Node
@@ -51,7 +51,6 @@ from gateway.webhook_delivery import WebhookDelivery
 from local_engine.plan import PlanError
 from local_engine.processes import StartError
 
-BACKLOG: Final = 4096
 # More is of no use to one process, and some systems have a hard limit of a thousand million.
 MAX_DESCRIPTORS: Final = 65536
 
@@ -129,7 +128,7 @@ class Server:
                 )
         except _Stopped:
             pass
-        except (WorkerError, StartError, StorageError) as error:
+        except (ListenError, WorkerError, StartError, StorageError) as error:
             raise ServeError(str(error)) from error
         finally:
             logs.close()
@@ -140,11 +139,11 @@ class Server:
         too_old = floors.problems()
         if too_old:
             raise ServeError("\n".join(too_old))
-        listener = ending.enter_context(_bound("server", self._config.server, self._overrides.port))
+        listener = ending.enter_context(bound("server", self._config.server, self._overrides.port))
         operators = ending.enter_context(
-            _bound("management", self._config.management, self._overrides.management_port)
+            bound("management", self._config.management, self._overrides.management_port)
         )
-        addresses = Addresses(_url(listener), _url(operators))
+        addresses = Addresses(url_of(listener), url_of(operators))
         pepper = load_pepper(self._storage, self._config.pepper())
         first_keys = make_first_keys(self._storage, pepper, self._config.declared_keys())
         try:
@@ -474,43 +473,6 @@ def _prepare_process() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _bound(section: str, settings: ServerConfig | ManagementConfig, port: int | None) -> socket.socket:
-    """A listening socket, or ServeError with what to change."""
-    host = settings.host
-    port = settings.port if port is None else port
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(BACKLOG)
-            listener.setblocking(False)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            advice = f"the port is in use: stop what listens there, or choose another {section}.port"
-        elif error.errno == errno.EACCES:
-            advice = f"no permission for a port below 1024: choose another {section}.port"
-        elif error.errno == errno.EADDRNOTAVAIL:
-            advice = f"this machine does not have the address: change {section}.host"
-        else:
-            advice = error.strerror or str(error)
-        raise ServeError(f"Cannot listen on {host} port {port}: {advice}.") from error
-    return listener
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    if host in {"0.0.0.0", "::"}:  # noqa: S104 - what to paste, not what to bind
-        host = "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _tell(text: str) -> None:

@@ -14,7 +14,8 @@ from typing import Annotated, Final, Protocol, cast
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
-from backends.config import BlankIsNone, LocalPath
+from backends.config import BlankIsNone
+from backends.local_path import LocalPath
 from gateway.stores.sqlite import StorageError
 from local_engine.config import RESTART, Secret, Section
 

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from backends.config import BlankIsNone, LocalPath
+from backends.config import BlankIsNone
+from backends.local_path import LocalPath
 from gateway.overflow.batches import BatchesConfig
 from gateway.overflow.bodies import EncryptionConfig
 from gateway.overflow.endpoints import QueueWebhooksConfig

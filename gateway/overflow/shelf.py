@@ -19,7 +19,8 @@ from typing import Annotated, BinaryIO, Final
 import msgspec
 from pydantic import Field
 
-from backends.config import BlankIsNone, LocalPath
+from backends.config import BlankIsNone
+from backends.local_path import LocalPath
 from gateway.overflow.bodies import Bodies, BodyError
 from gateway.stores.sqlite import StorageError
 from local_engine.config import RESTART, Section

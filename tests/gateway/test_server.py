@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 
 from gateway import server
-from gateway.config import ManagementConfig, ServerConfig
-from gateway.server import ServeError, available_cpus
+from gateway.server import available_cpus
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -405,33 +404,6 @@ def test_a_storage_directory_that_cannot_be_used_is_a_sentence(tmp_path):
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
     assert "storage" in ended.stderr
-
-
-@pytest.mark.parametrize(
-    ("number", "advice"),
-    [(98, "choose another management.port"), (13, "below 1024"), (99, "change management.host")],
-)
-def test_why_a_socket_cannot_be_bound_is_told_with_the_setting(monkeypatch, number, advice):
-    def refuse(*_: object) -> None:
-        raise OSError(number, "refused by the test")
-
-    monkeypatch.setattr(server.socket.socket, "bind", refuse)
-    with pytest.raises(ServeError, match=advice):
-        server._bound("management", ManagementConfig(), None)
-
-
-def test_a_name_that_does_not_resolve_is_told():
-    with pytest.raises(ServeError, match=r"Cannot listen on no\.such\.host\.invalid port 8080"):
-        server._bound("server", ServerConfig(host="no.such.host.invalid"), None)
-
-
-def test_an_ipv6_address_is_bound_and_shown_with_brackets():
-    try:
-        listener = server._bound("server", ServerConfig(host="::1", port=0), None)
-    except ServeError:
-        pytest.skip("no IPv6 here")
-    with listener:
-        assert re.fullmatch(r"http://\[::1\]:\d+", server._url(listener))
 
 
 def test_workers_auto_counts_the_cpus_this_process_may_use():
