@@ -84,7 +84,11 @@ class Service:
     def __init__(self, store, slots=100):
         self.store, self.runner, self.slots = store, ScriptedRunner(), slots
         headroom = SimpleNamespace(
-            room=self.room, started=lambda *_: None, answered=lambda *_: None, refused=lambda *_: None
+            room=self.room,
+            is_ramping=False,
+            started=lambda *_: None,
+            answered=lambda *_: None,
+            refused=lambda *_: None,
         )
         self.drawing = Drawing(store, "w", self.runner, headroom, lambda: None, 1000)
 
