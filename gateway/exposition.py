@@ -195,20 +195,14 @@ class Page:
             "When budgets were last compared with the ledger; 0: not yet.",
             registry=self._registry,
         )
-        self._alerts = Gauge(
-            "headgate_alert_deliveries",
-            "Attempts to deliver alerts since the start, by outcome.",
-            ["outcome"],
-            registry=self._registry,
-        )
-        self._webhooks = Gauge(
-            "headgate_webhook_deliveries",
-            "Attempts to deliver the queue's webhooks since the start, by outcome.",
-            ["outcome"],
-            registry=self._registry,
-        )
+        self._alerts = self._deliveries("headgate_alert_deliveries", "alerts")
+        self._webhooks = self._deliveries("headgate_webhook_deliveries", "the queue's webhooks")
         Gauge("headgate_build_info", "Always 1.", ["version"], registry=self._registry).labels(version).set(1)
         self._registry.register(self.totals)
+
+    def _deliveries(self, name: str, what: str) -> Gauge:
+        text = f"Attempts to deliver {what} since the start, by outcome."
+        return Gauge(name, text, ["outcome"], registry=self._registry)
 
     def set_budgets(self, drift_nanousd: int, corrections: int, checked_time: float) -> None:
         self._drift.set(drift_nanousd)
