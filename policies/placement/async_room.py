@@ -22,6 +22,7 @@ _LEAST: Final = 1.0
 _HALVED_AT_MOST_EVERY_S: Final = 1.0
 RAMP_S: Final = 2.0
 _STEP: Final = 0.02  # of all that may run
+_LONGEST_STEP_S: Final = 0.1
 
 
 def idle_slots(endpoints: Sequence[EndpointLoad], now: float, reserve: float) -> int:
@@ -126,7 +127,8 @@ class Ramp:
     def room(self, running: int, most: float, now: float) -> int:
         """How many more may be started; `most` is how many may run in the end."""
         step = 1.0 + most * _STEP
-        grown = min(max(self._level, running), running + step) + most / RAMP_S * (now - self._at)
+        took_s = min(now - self._at, _LONGEST_STEP_S)  # whoever did not look for long begins where it stands
+        grown = min(max(self._level, running), running + step) + most / RAMP_S * took_s
         self._level, self._at = min(max(grown, running + 1.0), most), now
         return max(0, int(self._level) - running)
 
