@@ -107,7 +107,6 @@ class Gateway:
                 "engines": {
                     "simulator": engine,
                     "placement": {"max_in_flight": options.slots},
-                    "health": {"scrape_every_s": 0.5},
                 }
             },
             "models": {
@@ -300,14 +299,14 @@ class Load:
         return self.session.post(f"{self.gateway.url}{path}", data=body, headers=auth() | (headers or {}))
 
     async def fill(self, count: int) -> None:
-        body = json.dumps(
-            {"endpoint": "/v1/chat/completions", "body": json.loads(chat(5, 100)), "class": "batch"}
-        ).encode()
-        left = iter(range(count))
+        """Jobs of all lengths: those of one length that began together would end together."""
+        draw = random.Random(self.options.seed)
+        bodies = iter([chat(5, draw.randint(20, 160), ignore_eos=True) for _ in range(count)])
 
         async def hand_in() -> None:
-            for _ in left:
-                async with self.post("/v1/jobs", body) as answer:
+            for body in bodies:
+                job = {"endpoint": "/v1/chat/completions", "body": json.loads(body), "class": "batch"}
+                async with self.post("/v1/jobs", json.dumps(job).encode()) as answer:
                     assert answer.status == 202, await answer.text()
 
         await asyncio.gather(*(hand_in() for _ in range(32)))

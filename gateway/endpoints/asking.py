@@ -29,8 +29,8 @@ from policies.verdict import Denial
 
 _log = logging.getLogger(__name__)
 
-# What these endpoints take as JSON is small; only files are not.
-_BODY_BYTES: Final = 1024 * 1024
+# What these endpoints take as JSON is small, mostly.
+BODY_BYTES: Final = 1024 * 1024
 
 
 class Asked(NamedTuple):
@@ -45,11 +45,11 @@ class Asked(NamedTuple):
         """The last of each name."""
         return dict(parse_qsl(self.request.query, keep_blank_values=True))
 
-    async def document(self) -> dict[str, Any]:
+    async def document(self, limit_bytes: int = BODY_BYTES) -> dict[str, Any]:
         """The body, a JSON object; empty if there is no body. Refusal when it is anything else."""
         request = self.request
         raw = await request.body()
-        body = await decode_body(raw, request.headers.get(b"content-encoding"), _BODY_BYTES)
+        body = await decode_body(raw, request.headers.get(b"content-encoding"), limit_bytes)
         if not body.strip():
             return {}
         check_content_type(request.headers.get(b"content-type"))

@@ -36,7 +36,7 @@ _EVENT_STREAM: Final = b"text/event-stream"
 async def create(context: Context, asked: Asked) -> None:
     """`{"endpoint": "/v1/chat/completions", "body": {...}}`; beside it `class`, `reference` and `expires_in_s`."""
     doors = doors_of(context)
-    fields = await asked.document()
+    fields = await asked.document(context.runtime.body_bytes)
     unknown = set(fields) - {"endpoint", "body", "class", "reference", "expires_in_s"}
     if unknown:
         raise Refusal(400, "unknown_field", f"`{min(unknown)}` is no field of a job", min(unknown))

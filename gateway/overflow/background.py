@@ -27,7 +27,7 @@ from policies.verdict import Denial
 
 DOOR: Final = "response"
 PREFIX: Final = "resp_"
-_CANCEL_S: Final = 15.0  # a run is told to stop at its next renewal, at the latest
+_CANCEL_S: Final = 30.0  # a run is told to stop at its next renewal, at the latest
 _CREATED, _QUEUED = 0, 1
 _TERMINAL: Final = frozenset({"response.completed", "response.incomplete", "response.failed", "error"})
 # Told of a response before there is an answer; of the request no more is kept beside its body.

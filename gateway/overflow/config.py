@@ -57,6 +57,8 @@ class QueueConfig(Section):
     """A larger answer ends its job as failed."""
     result_folder: Annotated[LocalPath | None, BlankIsNone] = Field(default=None, json_schema_extra=RESTART)
     """Where results are that are too large for the database (4 MiB, compressed); null: in the database all the same."""
+    replicas: int = Field(default=0, ge=0, le=16, json_schema_extra=RESTART)
+    """How many replicas of Redis must have a job before it is accepted; a second without them is a 503."""
     attempts: int = Field(default=5, ge=1, le=20)
     """Tries of a job that fails through no fault of its own; then it is dead, and an operator may replay it."""
     reserve: float = Field(default=0.05, ge=0, lt=1)

@@ -24,6 +24,7 @@ _POLL_S: Final = (
     0.5  # with work in the queue; a job handed in here, or a slot that is free again, is seen at once
 )
 _IDLE_POLL_S: Final = 1.0
+_RAMP_POLL_S: Final = 0.05
 _AT_ONCE: Final = 32  # claims under way for one lane
 _TICK_S: Final = 1.0
 _CLAIM_S: Final = 5.0
@@ -149,6 +150,8 @@ class Drawing:
                 for lane in lanes:
                     await self._draw_lane(lane)
         delay_s = _POLL_S if self._ready or self._runs else _IDLE_POLL_S
+        if self._headroom.is_ramping:
+            delay_s, self._headroom.is_ramping = _RAMP_POLL_S, False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(delay_s * (0.75 + 0.5 * random.random())):  # noqa: S311 - only jitter
                 await self._wanted.wait()

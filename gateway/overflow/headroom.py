@@ -11,7 +11,15 @@ from typing import Final, NamedTuple
 from backends.pool import Pool
 from gateway.overflow.config import QueueConfig
 from gateway.runtime import Runtime
-from policies.placement.async_room import AsyncLimit, RateReading, RateRoom, Trickle, idle_slots, is_congested
+from policies.placement.async_room import (
+    AsyncLimit,
+    Ramp,
+    RateReading,
+    RateRoom,
+    Trickle,
+    idle_slots,
+    is_congested,
+)
 
 _OPENAI: Final = b"x-ratelimit-"
 _ANTHROPIC: Final = b"anthropic-ratelimit-"
@@ -30,9 +38,10 @@ class Room(NamedTuple):
 class _Gate:
     """What is learned of one pool."""
 
-    def __init__(self, limit: AsyncLimit, trickle: Trickle) -> None:
+    def __init__(self, limit: AsyncLimit, trickle: Trickle, ramp: Ramp) -> None:
         self.limit = limit
         self.trickle = trickle
+        self.ramp = ramp
         self.rates = RateRoom()
 
 
@@ -56,6 +65,7 @@ class Headroom:
         self._waiting = waiting
         self._processes = processes
         self._gates: dict[str, _Gate] = {}
+        self.is_ramping = False  # a moment later there may be more room, without anything that would tell
 
     def room(self, lane: str, load: Load, runtime: Runtime, now: float) -> Room | None:
         """Of the lane's targets the first with room; None: there is none."""
@@ -106,7 +116,12 @@ class Headroom:
             gate.limit.crowded(now)
             return 0
         idle = idle_slots(pool.endpoints, now, self._settings().reserve) - load.unsent.get(pool.name, 0)
-        return min(idle, gate.limit.room(load.running.get(pool.name, 0), now))
+        running = load.running.get(pool.name, 0)
+        room = min(idle, gate.limit.room(running, now))
+        slots = sum(endpoint.max_in_flight for endpoint in pool.endpoints) / self._processes
+        ramped = gate.ramp.room(running, min(slots or gate.limit.value, gate.limit.value), now)
+        self.is_ramping = self.is_ramping or 0 <= ramped < room
+        return min(room, ramped)
 
     def _gate(self, pool: str, now: float, *, is_bounded: bool = False) -> _Gate:
         gate = self._gates.get(pool)
@@ -115,6 +130,7 @@ class Headroom:
             gate = self._gates[pool] = _Gate(
                 AsyncLimit(settings.running, is_bounded=is_bounded),
                 Trickle(settings.trickle_s * self._processes, now),
+                Ramp(now),
             )
         gate.limit.ceiling = settings.running
         return gate

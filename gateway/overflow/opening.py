@@ -53,7 +53,8 @@ def open_store(config: Config, bodies: Bodies) -> QueueStore:
         )
     module = importlib.import_module("gateway.stores.queue_redis")
     content = Content(bodies, config.queue.result_folder)
-    return cast("QueueStore", module.open_queue(redis, config.storage.directory, content))
+    store = module.open_queue(redis, config.storage.directory, content, replicas=config.queue.replicas)
+    return cast("QueueStore", store)
 
 
 def open_held(config: Config) -> HeldStore:

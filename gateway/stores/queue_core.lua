@@ -11,7 +11,7 @@ local NONE = {}  -- a field that is to be removed
 local SUSPECT = '\1'
 local LEASE_S, DEATHS_SUSPECT, DEATHS_DEAD, AGEING_S, BATCH_EVERY = 30, 2, 3, 900, 20
 local FORGET_S = 30 * 86400
-local EPOCH_FENCES = 1048576  -- fences of a later epoch are higher than all of one before
+local EPOCH_FENCES = 1024  -- fences of a later epoch are higher than those of one before
 local FINAL = {succeeded = true, failed = true, dead = true, cancelled = true, expired = true}
 local WAITING = {staged = true, queued = true}
 local STATES = {'staged', 'queued', 'running', 'cancelling', 'succeeded', 'failed', 'dead', 'cancelled', 'expired'}

@@ -7,7 +7,7 @@ function do_verb.submit()
     if refused then return refused end
   end
   local id = known or job.id
-  if load(id, job.tenant) then return {'ok', 0, shown(id)} end
+  if call('HGET', job_key(id), 'tenant') == job.tenant then return {'ok', 0, shown(id)} end
   local refused = over_caps(job.tenant, arg.limits, 1, job.body_bytes)
   if refused then return refused end
   local row = insert(job, content(BINARY + 1), {state = 'queued', parent = '', position = 0})

@@ -118,16 +118,16 @@ class Journal:
 
     async def unsaid_ends(self, epoch: int, most: int) -> list[Ending]:
         """Not said in this epoch; what is final first."""
-        query = "SELECT * FROM ending WHERE epoch < ? ORDER BY is_final DESC LIMIT ?"
+        query = "SELECT * FROM ending WHERE epoch < ?1 OR epoch > ?1 ORDER BY is_final DESC LIMIT ?2"
         found: list[tuple[Any, ...]] = await self._select(query, (epoch, most))
         return [Ending(*row) for row in found]
 
     async def unsaid_promises(self, epoch: int, most: int) -> list[Promise]:
-        query = "SELECT * FROM promise WHERE epoch < ? ORDER BY rowid LIMIT ?"
+        query = "SELECT * FROM promise WHERE epoch < ?1 OR epoch > ?1 ORDER BY rowid LIMIT ?2"
         return [Promise(*row) for row in await self._select(query, (epoch, most))]
 
     async def unsaid_steps(self, epoch: int, name: str, most: int) -> list[Step]:
-        query = "SELECT * FROM step WHERE epoch < ? AND name = ? ORDER BY rowid LIMIT ?"
+        query = "SELECT * FROM step WHERE (epoch < ?1 OR epoch > ?1) AND name = ?2 ORDER BY rowid LIMIT ?3"
         return [Step(*row) for row in await self._select(query, (epoch, name, most))]
 
     async def _select(self, query: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:

@@ -66,7 +66,6 @@ class QueueNode:
         now_us: Callable[[], int] | None = None,
     ) -> None:
         self.journal = journal
-        self.times_met = 0  # epochs that were new to this process
         self._connection = connection
         self._key = connection.key("queue")
         self._turn = asyncio.Lock()
@@ -74,6 +73,7 @@ class QueueNode:
         self._sending: asyncio.Task[None] | None = None
         self._grace_s, self._replicas, self._now_us = grace_s, replicas, now_us
         self._epoch = ""  # as far as known
+        self._met = 0  # the latest one
         self._meeting = asyncio.Lock()
         self._checked = self._checked_end = ""  # the last promise and end that were looked at
 
@@ -185,7 +185,7 @@ class QueueNode:
                 server = await self._server()
             except StoreAwayError:
                 server = await self._server()  # that may only have been a connection of before a restart
-            asked = {"run_id": str(server["run_id"]), "grace_s": self._grace_s}
+            asked = {"run_id": str(server["run_id"]), "grace_s": self._grace_s, "known": self._met}
             epoch = str((await self._call("begin", _ANY_EPOCH, asked))[1].decode())
             said = await self._say_again(epoch)
             if said:
@@ -193,8 +193,7 @@ class QueueNode:
                     "the queue's Redis lost data, or is another: it was told again what was promised",
                     extra={"epoch": epoch, "told": said},
                 )
-            self.times_met += 1
-            self._epoch = epoch
+            self._epoch, self._met = epoch, int(epoch)
             return epoch
 
     async def _server(self) -> dict[str, Any]:

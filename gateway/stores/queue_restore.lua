@@ -1,11 +1,11 @@
 -- What nodes say from their journals after Redis lost something. Everything here may be said again, by several, in any order.
 -- Follows queue_sweep.lua, and is the last part.
 
--- Which Redis this is. One that is new, was restarted or took over from another gets another epoch: nodes that meet it say
+-- Which Redis this is: the millisecond at which it was first met, or more. One that is new, was restarted or took over from another gets another epoch: nodes that meet it say
 -- what they have promised. Until open_time nothing is claimed, so that what has ended is said before what has not.
 function do_verb.begin()
   if not epoch or call('HGET', META, 'run_id') ~= arg.run_id then
-    epoch = text(max(floor(now), tonumber(epoch or 0) + 1))
+    epoch = text(max(floor(now * 1000), tonumber(epoch or 0) + 1, arg.known + 1))
     call('HSET', META, 'epoch', epoch, 'run_id', arg.run_id, 'open_time', text(now + arg.grace_s))
   end
   return {'ok', epoch}

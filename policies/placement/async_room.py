@@ -20,6 +20,9 @@ from policies.placement.saturation import KV_FULL
 _UNKNOWN: Final = 1_000_000
 _LEAST: Final = 1.0
 _HALVED_AT_MOST_EVERY_S: Final = 1.0
+RAMP_S: Final = 2.0
+_STEP: Final = 0.02  # of all that may run
+_LONGEST_STEP_S: Final = 0.1
 
 
 def idle_slots(endpoints: Sequence[EndpointLoad], now: float, reserve: float) -> int:
@@ -106,6 +109,28 @@ class AsyncLimit:
     def closed_for_s(self, now: float) -> float:
         """Until when a refusal asked to be left alone."""
         return max(0.0, self._closed_until - now)
+
+
+class Ramp:
+    """How many may run while more and more do: `RAMP_S` from none to all, a few at once. What has ended is replaced at once.
+
+    A hundred jobs that start in one moment keep each other's prompts waiting, and everybody else's; and those of one length
+    end in one moment, too, with no slot freed in between for whoever comes.
+    """
+
+    __slots__ = ("_at", "_level")
+
+    def __init__(self, now: float) -> None:
+        self._level = 0.0
+        self._at = now
+
+    def room(self, running: int, most: float, now: float) -> int:
+        """How many more may be started; `most` is how many may run in the end."""
+        step = 1.0 + most * _STEP
+        took_s = min(now - self._at, _LONGEST_STEP_S)  # whoever did not look for long begins where it stands
+        grown = min(max(self._level, running), running + step) + most / RAMP_S * took_s
+        self._level, self._at = min(max(grown, running + 1.0), most), now
+        return max(0, int(self._level) - running)
 
 
 class RateReading(msgspec.Struct, frozen=True):

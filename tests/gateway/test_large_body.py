@@ -32,7 +32,7 @@ async def test_a_body_arrives_whole_in_pieces_whatever_its_framing():
         HEAD + b"transfer-encoding: chunked\r\n\r\n" + framed + b"0\r\n\r\n",
     )
     async with serving(digest, **UPLOADS) as edge:
-        client = await edge.connect()
+        client = await edge.connect(timeout_s=60)
         for request in sent:
             answer = await client.exchange(request)
             assert answer.status == 200, answer.body

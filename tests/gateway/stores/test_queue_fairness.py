@@ -6,20 +6,6 @@ import pytest
 
 from gateway.overflow.job import AGEING_S, TenantLimits
 from tests.support.queue_jobs import LANE, NO_LIMITS, a_failure, a_job, an_answer
-from tests.support.queue_stores import STORES, opened
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory):
-    with opened(tmp_path_factory.mktemp("queue")) as servers:
-        yield servers
-
-
-@pytest.fixture(params=STORES)
-async def queue(request, tmp_path, servers):
-    pair = await servers.queue(request.param, tmp_path)
-    yield pair
-    await pair.close()
 
 
 async def submit(queue, tenant, count, limits=NO_LIMITS, **others):

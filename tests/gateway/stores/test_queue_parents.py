@@ -11,22 +11,8 @@ from gateway.overflow.store import (
     QueueFullError,
 )
 from tests.support.queue_jobs import LANE, NO_LIMITS, a_failure, a_job, a_key, a_parent, an_answer
-from tests.support.queue_stores import STORES, opened
 
 OWNER = "node/worker/1"
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory):
-    with opened(tmp_path_factory.mktemp("queue")) as servers:
-        yield servers
-
-
-@pytest.fixture(params=STORES)
-async def queue(request, tmp_path, servers):
-    pair = await servers.queue(request.param, tmp_path)
-    yield pair
-    await pair.close()
 
 
 def children(first, count, **others):

@@ -15,23 +15,8 @@ from gateway.overflow.store import (
     ResultTooLargeError,
 )
 from tests.support.queue_jobs import LANE, NO_LIMITS, a_failure, a_job, a_key, an_answer
-from tests.support.queue_stores import STORES, opened
 
 OWNER = "node/worker/1"
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory):
-    with opened(tmp_path_factory.mktemp("queue")) as servers:
-        yield servers
-
-
-@pytest.fixture(params=STORES)
-async def queue(request, tmp_path, servers):
-    """`queue.store` and `queue.other` are two processes' views of one queue; `queue.clock` is its time."""
-    pair = await servers.queue(request.param, tmp_path)
-    yield pair
-    await pair.close()
 
 
 async def submit(queue, *names, tenant="t1", **others):
