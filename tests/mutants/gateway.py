@@ -17,6 +17,7 @@ from tests.mutants.ledger import MUTANTS as LEDGER_MUTANTS
 from tests.mutants.limits import MUTANTS as LIMITS_MUTANTS
 from tests.mutants.nodes import MUTANTS as NODES_MUTANTS
 from tests.mutants.placement import MUTANTS as PLACEMENT_MUTANTS
+from tests.mutants.prefill import MUTANTS as PREFILL_MUTANTS
 from tests.mutants.recovery import MUTANTS as RECOVERY_MUTANTS
 
 MUTANTS = (
@@ -26,6 +27,7 @@ MUTANTS = (
     | LIMITS_MUTANTS
     | NODES_MUTANTS
     | PLACEMENT_MUTANTS
+    | PREFILL_MUTANTS
     | RECOVERY_MUTANTS
 )
 
