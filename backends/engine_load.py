@@ -1,4 +1,4 @@
-"""What an engine says of its own load: vLLM's `/metrics` page and its `/load`, read for the few figures that matter.
+"""What an engine says of its own load: its `/metrics` page, or vLLM's `/load`, read for the few figures that matter.
 
 Knows the names, not the HTTP. The page has thousands of lines, so it is searched, not parsed.
 """
@@ -10,10 +10,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-_RUNNING: Final = b"num_requests_running"
-_WAITING: Final = b"num_requests_waiting"
-_KV: Final = (b"kv_cache_usage_perc", b"gpu_cache_usage_perc")  # the newer name, the older
-_SAMPLE: Final = re.compile(rb"([^}\n]*)\} +([0-9.eE+-]+)\s*(?:\n|$)")
+_SAMPLE: Final = re.compile(rb"(?:\{([^}\n]*)\})? +([0-9.eE+-]+)\s*(?:\n|$)")
 _ENGINE: Final = re.compile(rb'(?:^|,)engine="(\d{1,6})"')
 
 
@@ -31,6 +28,28 @@ class EngineLoad(NamedTuple):
         return EngineLoad(
             self.running + other.running, self.waiting + other.waiting, max(self.kv_usage, other.kv_usage)
         )
+
+
+class _Names(NamedTuple):
+    """What a kind of engine calls its load. `kv`: as many names as it has had."""
+
+    running: bytes
+    waiting: bytes
+    kv: tuple[bytes, ...] = ()
+
+
+_KINDS: Final = (
+    _Names(
+        b"vllm:num_requests_running",
+        b"vllm:num_requests_waiting",
+        (b"vllm:kv_cache_usage_perc", b"vllm:gpu_cache_usage_perc"),
+    ),
+    _Names(b"sglang:num_running_reqs", b"sglang:num_queue_reqs", (b"sglang:token_usage",)),
+    _Names(
+        b"llamacpp:requests_processing", b"llamacpp:requests_deferred", (b"llamacpp:kv_cache_usage_ratio",)
+    ),
+    _Names(b"tgi_batch_current_size", b"tgi_queue_size"),
+)
 
 
 class EngineTotals(NamedTuple):
@@ -73,13 +92,21 @@ _SERVER_LOAD: Final = msgspec.json.Decoder(_ServerLoad)
 
 
 def read_metrics(page: bytes) -> dict[int, EngineLoad]:
-    """By the `engine` label (0 where there is none); empty if this is no page of vLLM's. Several models add up."""
+    """By the `engine` label (0 where there is none); empty if this is no engine's page. Several models add up."""
+    for names in _KINDS:
+        loads = _read(page, names)
+        if loads:
+            return loads
+    return {}
+
+
+def _read(page: bytes, names: _Names) -> dict[int, EngineLoad]:
     loads: dict[int, EngineLoad] = {}
-    for engine, value in _samples(page, _RUNNING):
+    for engine, value in _samples(page, names.running):
         loads[engine] = loads.get(engine, _NOTHING) + EngineLoad(int(value), 0, 0.0)
-    for engine, value in _samples(page, _WAITING):
+    for engine, value in _samples(page, names.waiting):
         loads[engine] = loads.get(engine, _NOTHING) + EngineLoad(0, int(value), 0.0)
-    for name in _KV:
+    for name in names.kv:
         for engine, value in _samples(page, name):
             loads[engine] = loads.get(engine, _NOTHING) + EngineLoad(0, 0, min(max(value, 0.0), 1.0))
     return loads
@@ -89,22 +116,21 @@ def read_totals(page: bytes) -> dict[int, EngineTotals]:
     """By the `engine` label, like `read_metrics`."""
     totals: dict[int, list[int]] = {}
     for place, name in enumerate(_TOTALS):
-        for engine, value in _samples(page, name, _MOST_TOTAL):
+        for engine, value in _samples(page, b"vllm:" + name, _MOST_TOTAL):
             totals.setdefault(engine, [0] * len(_TOTALS))[place] += int(value)
     return {engine: EngineTotals(*values) for engine, values in totals.items()}
 
 
 def _samples(page: bytes, name: bytes, most: float = _MOST) -> Iterator[tuple[int, float]]:
-    start = b"vllm:" + name + b"{"
-    at = page.find(start)
+    at = page.find(name)
     while at >= 0:
-        at += len(start)
-        sample = _SAMPLE.match(page, at)
+        at += len(name)
+        sample = _SAMPLE.match(page, at)  # not of a series whose name only begins so, and no comment
         if sample is not None:
-            engine = _ENGINE.search(sample[1])
+            engine = _ENGINE.search(sample[1] or b"")
             with contextlib.suppress(ValueError):
                 yield int(engine[1]) if engine else 0, min(float(sample[2]), most)
-        at = page.find(start, at)
+        at = page.find(name, at)
 
 
 def read_load(body: bytes) -> EngineLoad | None:

@@ -36,14 +36,14 @@ class HealthConfig(Section):
     """Retries in ten seconds that are always there, however few requests."""
     probe: ProbeName | None = None
     """How it is tried before it gets requests again: `generate` (a request for one token), `health` (its health page), `none`
-    (one live request). Not given: `generate` for vLLM and simulators, `health` for SGLang, `none` for others."""
+    (one live request). Not given: `generate` for engines (vLLM, SGLang, llama.cpp, TGI, simulators), `none` for others."""
     probe_every_s: float = Field(default=2.0, ge=0.05)
     """Between two probes of one that is out."""
     probe_timeout_s: float = Field(default=5.0, gt=0)
     """A probe that takes longer has failed."""
     scrape: ScrapeName | None = None
-    """Where its load is read: `metrics` (vLLM's page), `load` (vLLM's `/load`: requests only), `none`. Not given: `metrics` for
-    vLLM and simulators, `none` for others."""
+    """Where its load is read: `metrics` (an engine's page), `load` (vLLM's `/load`: requests only), `none`. Not given: `metrics` for
+    engines, `none` for others."""
     load_header: Format | None = None
     """Also ask for it with some requests that are not streamed (ORCA's `endpoint-load-metrics`, in this form; vLLM knows both).
     Between two scrapes it is newer, and each question costs the engine as much as a scrape. Not given: no."""

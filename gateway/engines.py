@@ -27,10 +27,10 @@ from local_engine.free_ports import FreePorts
 from local_engine.gpus import this_machine
 from local_engine.orders import orders_of
 from local_engine.plan import EngineEndpoint, PlanError, ReplicaPlan, Site
-from local_engine.planning import run_directory
 from local_engine.probing import HttpProber
 from local_engine.processes import StartError
 from local_engine.replica import Replica
+from local_engine.run_directory import leave, make, run_directory
 from local_engine.scaling import PoolLoad, Scaler
 from local_engine.supervisor import PoolOfReplicas, PoolOrder, Supervisor
 from local_engine.surroundings import Event, Surroundings
@@ -114,7 +114,7 @@ class Engines:
         if self._supervisor is None and _specs(config):
             try:
                 await self._begin(config)
-            except TakenError as error:
+            except (PlanError, TakenError) as error:
                 raise StartError(str(error)) from error
 
     async def stop(self) -> None:
@@ -128,6 +128,7 @@ class Engines:
             await self._prober.close()
         if self._records is not None:
             self._records.close()
+            leave(run_directory(self._storage))
         self._gpus.close()
 
     def placed(self) -> dict[str, PlacedPool]:
@@ -222,7 +223,7 @@ class Engines:
 
     async def _begin(self, config: Config) -> None:
         self._records = records = EngineRecords(self._storage / DIRECTORY)
-        run_directory(self._storage).mkdir(mode=0o700, parents=True, exist_ok=True)
+        make(run_directory(self._storage))
         launcher = Launcher(records, config.engines, self._ports, os.environ)
         self._prober = HttpProber()
         around = Surroundings(

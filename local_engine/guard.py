@@ -52,10 +52,13 @@ class Log:
                 self._file.write(data[:end])
                 data = data[end:]
 
-    def _rotate(self) -> None:
+    def close(self) -> None:
         if self._file is not None:
             self._file.close()
         self._file = None
+
+    def _rotate(self) -> None:
+        self.close()
         with contextlib.suppress(OSError):
             names = [self._path, *(Path(f"{self._path}.{n}") for n in range(1, self._keep + 1))]
             for older, newer in zip(reversed(names), reversed(names[:-1]), strict=False):

@@ -5,7 +5,6 @@ machine: it is given one. GPUs are given out in order, to pools that name theirs
 the same machine gives the same plan.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +35,6 @@ from local_engine.vllm_config import VllmConfig
 # After vLLM's own --shutdown-timeout: it takes a few seconds to leave.
 _LEAVE_S: Final = 5.0
 _SOCKET_PATH_BYTES: Final = 107  # sun_path of unix(7), less its zero
-_DIRECTORY_BYTES: Final = 40  # leaves room for a pool's longest name
 _DEFAULT_SHARE: Final = 0.92  # vLLM's --gpu-memory-utilization
 _EXPERT_SHARE: Final = 0.95  # of a mixture's weights; the rest is on every rank
 _REMOTE_PORT: Final = 8000
@@ -46,17 +44,6 @@ def model_of(spec: VllmConfig) -> Model:
     """What is known of the spec's model: from its folder if it is one that is here, else from its name."""
     folder = Path(spec.model).expanduser()
     return describe(spec.model, spec.preset, folder if folder.is_dir() else None)
-
-
-def run_directory(storage: Path) -> Path:
-    """Where engines' sockets are: in the data directory, or, if its path is too long for one, beside other programs'.
-
-    To be made by its owner, for nobody else (0700).
-    """
-    found = storage.absolute() / "run"
-    if len(str(found)) <= _DIRECTORY_BYTES:
-        return found
-    return Path("/tmp") / f"headgate-{hashlib.sha256(str(found).encode()).hexdigest()[:12]}"  # noqa: S108 - made by its owner, for itself alone
 
 
 def by_claim(specs: Mapping[str, VllmConfig]) -> list[str]:

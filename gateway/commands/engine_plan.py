@@ -32,8 +32,9 @@ from local_engine.plan import (
     ReplicaPlan,
     Site,
 )
-from local_engine.planning import plan_pools, run_directory
+from local_engine.planning import plan_pools
 from local_engine.presets import presets as known_presets
+from local_engine.run_directory import run_directory
 
 _GIB: Final = 1 << 30
 _COLUMNS: Final = (

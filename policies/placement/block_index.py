@@ -7,9 +7,25 @@ Invariant it relies on: an engine frees the end of a prompt before its beginning
 and nothing after it, and a search by halves finds that block.
 """
 
+from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import Final
+
+import msgspec
 
 from backends.kv_blocks import Chain
+
+# Prompts of an endpoint that were just answered and that its events have not told of yet.
+_ASSUMED: Final = 8
+# Words of an endpoint after which what was assumed of it must have been told.
+_WORDS: Final = 16
+
+
+class _Assumed(msgspec.Struct):
+    """A prompt's blocks that an endpoint must hold, since it has answered; `words` have come from it since."""
+
+    names: Sequence[int]
+    words: int = 0
 
 
 class BlockIndex:
@@ -26,6 +42,7 @@ class BlockIndex:
         self._bits: dict[bytes, int] = {}  # by endpoint, its bit in the masks
         self._holders: dict[int, int] = {}  # by block, a mask of endpoints
         self._held: dict[bytes, int] = {}
+        self._assumed: dict[bytes, deque[_Assumed]] = {}
 
     def __len__(self) -> int:
         return len(self._holders)
@@ -54,6 +71,9 @@ class BlockIndex:
         bit = self._bits.get(hash_key)
         if bit is None:
             return
+        assumed = self._assumed.get(hash_key)
+        if assumed:
+            self._check(hash_key, assumed, set(removed))
         holders = self._holders
         count = self._held[hash_key]
         for name in added:
@@ -71,8 +91,21 @@ class BlockIndex:
                     holders[name] = mask ^ bit
         self._held[hash_key] = count
 
+    def assume(self, hash_key: bytes, chain: Chain) -> None:
+        """The endpoint has answered this prompt, so it holds its blocks; the events that say so may come after the next
+        prompt. Believed until they have come, or must have."""
+        bit, names = self._bits.get(hash_key, 0), chain.names
+        if (
+            bit
+            and names
+            and chain.block_size == self.block_size
+            and not self._holders.get(names[-1], 0) & bit
+        ):
+            self._assumed.setdefault(hash_key, deque(maxlen=_ASSUMED)).append(_Assumed(names))
+
     def clear(self, hash_key: bytes) -> None:
         """Its cache is empty, as far as we know."""
+        self._assumed.pop(hash_key, None)
         bit = self._bits.get(hash_key, 0)
         if not bit or not self._held[hash_key]:
             return
@@ -97,9 +130,32 @@ class BlockIndex:
         names, holders = chain.names, self._holders
         for hash_key, bit in self._bits.items():
             blocks = _longest(names, holders, bit)
+            for assumed in self._assumed.get(hash_key, ()):
+                blocks = max(blocks, _common(names, assumed.names))
             if blocks:
                 found[hash_key] = chain.cacheable_tokens(blocks)
         return found
+
+    def _check(self, hash_key: bytes, assumed: deque[_Assumed], removed: set[int]) -> None:
+        """Drops what a word of the endpoint has confirmed, or contradicts."""
+        bit = self._bits[hash_key]
+        for known in list(assumed):
+            known.words += 1
+            is_told = self._holders.get(known.names[-1], 0) & bit
+            if is_told or known.words > _WORDS or not removed.isdisjoint(known.names):
+                assumed.remove(known)
+
+
+def _common(one: Sequence[int], two: Sequence[int]) -> int:
+    """How many blocks two prompts begin with together: a name covers all before it."""
+    low, high = 0, min(len(one), len(two))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[middle - 1] == two[middle - 1]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _longest(names: Sequence[int], holders: dict[int, int], bit: int) -> int:

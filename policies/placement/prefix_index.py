@@ -1,12 +1,11 @@
-"""Which endpoints have computed which beginnings of prompts, as far as this process knows.
+"""Which endpoints have computed which beginnings of prompts, as far as this process knows from what it sent.
 
-`PrefixIndex` is what the `prefix` policy asks. `ApproximateIndex` answers from what was sent: bounded for each
-endpoint, the beginnings not used for longest forgotten first, like the engine's own cache. An index fed by the
-engines' KV events is another `PrefixIndex`.
+Bounded for each endpoint, the beginnings not used for longest forgotten first, like the engine's own cache. What the
+engines themselves say of their caches is `policies.placement.block_index`.
 """
 
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Final
 
 from backends.load import EndpointLoad
 from policies.placement.ask import Ask
@@ -14,21 +13,8 @@ from policies.placement.ask import Ask
 _COMMON: Final = 8
 
 
-class PrefixIndex(Protocol):
-    """Endpoints are told apart by `hash_key`."""
-
-    def match(self, ask: Ask) -> dict[bytes, int]:
-        """By hash key of the endpoint, how many bytes of the prompt's beginning it has; endpoints without any left out."""
-
-    def add(self, endpoint: EndpointLoad, ask: Ask) -> None:
-        """The endpoint computes this prompt now, or soon."""
-
-    def forget(self, hash_key: bytes) -> None:
-        """The endpoint's cache is gone: it restarted, or was reset."""
-
-
 class ApproximateIndex:
-    """`capacity`: how many beginnings are remembered of each endpoint."""
+    """Endpoints are told apart by `hash_key`. `capacity`: how many beginnings are remembered of each."""
 
     __slots__ = ("_capacity", "_held", "_holders")
 
@@ -38,6 +24,7 @@ class ApproximateIndex:
         self._held: dict[bytes, dict[int, None]] = {}  # by endpoint, the least recently used first
 
     def match(self, ask: Ask) -> dict[bytes, int]:
+        """By hash key of the endpoint, how many bytes of the prompt's beginning it has; endpoints without any left out."""
         found: dict[bytes, int] = {}
         holders_of = self._holders.get
         place = len(ask.prefixes)
@@ -53,6 +40,7 @@ class ApproximateIndex:
         return found
 
     def add(self, endpoint: EndpointLoad, ask: Ask) -> None:
+        """The endpoint computes this prompt now, or soon."""
         hash_key = endpoint.hash_key
         held = self._held.get(hash_key)
         if held is None:
@@ -71,6 +59,7 @@ class ApproximateIndex:
             self._drop(oldest, hash_key)
 
     def forget(self, hash_key: bytes) -> None:
+        """The endpoint's cache is gone: it restarted, or was reset."""
         for beginning in self._held.pop(hash_key, ()):
             self._drop(beginning, hash_key)
 

@@ -105,7 +105,10 @@ class PrefixPlacer(Placer):
     def finished(self, endpoint: EndpointLoad, ask: Ask, prompt_tokens: int, output_tokens: int) -> None:
         super().finished(endpoint, ask, prompt_tokens, output_tokens)
         if ask.known is not None:
-            ask.known.template.counted(is_same=ask.known.chain.tokens == prompt_tokens)
+            is_same = ask.known.chain.tokens == prompt_tokens
+            ask.known.template.counted(is_same=is_same)
+            if is_same and self._blocks is not None:
+                self._blocks.assume(endpoint.hash_key, ask.known.chain)
 
     def _hits(self, ask: Ask) -> dict[bytes, int]:
         """Tokens by endpoint's hash key: by the engines' word, and where there is none, by what was sent."""

@@ -70,3 +70,32 @@ def test_a_page_of_a_megabyte_is_searched_quickly():
 )
 def test_the_count_of_load_is_read(body, load):
     assert read_load(body) == load
+
+
+@pytest.mark.parametrize(
+    ("page", "load"),
+    [
+        (
+            (
+                b"# HELP sglang:num_running_reqs The number of running requests.\n# TYPE sglang:num_running_reqs gauge\n"
+                b'sglang:num_running_reqs{model_name="m"} 3.0\nsglang:num_running_reqs_offline{model_name="m"} 9.0\n'
+                b'sglang:num_queue_reqs{model_name="m"} 2.0\nsglang:token_usage{model_name="m"} 0.25\n'
+            ),
+            EngineLoad(3, 2, 0.25),
+        ),
+        (
+            (
+                b"# TYPE llamacpp:requests_processing gauge\nllamacpp:requests_processing 1\n"
+                b"llamacpp:requests_deferred 4\nllamacpp:kv_cache_usage_ratio 0.5\n"
+            ),
+            EngineLoad(1, 4, 0.5),
+        ),
+        (
+            b"tgi_batch_current_size 5\ntgi_batch_current_max_tokens 900\ntgi_queue_size 7\n",
+            EngineLoad(5, 7, 0.0),
+        ),
+    ],
+    ids=["sglang", "llama.cpp", "tgi"],
+)
+def test_other_engines_have_other_names_for_the_same(page, load):
+    assert read_metrics(page) == {0: load}

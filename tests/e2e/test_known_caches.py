@@ -1,4 +1,4 @@
-"""A gateway of two workers that follows the KV events of two engines: where prompts go, and what is foretold of them."""
+"""Engines that tell of their caches and their load, and a gateway that listens: where prompts go, and what is foretold."""
 
 import asyncio
 import time
@@ -84,3 +84,29 @@ async def told(gateway, publishers, warm):
     await until(lambda: known() == {0: 0.0, 1: None})
     page = await asyncio.to_thread(gateway.metrics)
     assert page['headgate_cache_predictions_total{source="exact"}'] == 9
+
+
+async def test_an_engine_whose_answer_says_that_many_wait_gets_no_more_for_a_while(tmp_path):
+    """And what it said, and that it was asked, stays between the two."""
+    async with TellingEngine() as busy, TellingEngine() as free:
+        busy.waiting = 50
+        pool = {
+            "type": "vllm",
+            "endpoints": [busy.base_url, free.base_url],
+            "health": {"scrape": "none", "probe": "none", "load_header": "text", "load_header_every_s": 300},
+            "placement": {"policy": "round-robin", "max_waiting": 5},
+        }
+        models = {"demo": {"targets": [{"pool": "gpu", "model": "demo"}], "price": {"input": 1.0}}}
+        gateway = Gateway(tmp_path, pools={"gpu": pool}, models=models)
+        try:
+            await asyncio.to_thread(gateway.start)
+            for _ in range(8):
+                status, headers, _ = await asyncio.to_thread(
+                    gateway.post, "/v1/chat/completions", {"model": "demo", "messages": MESSAGES}
+                )
+                assert status == 200
+                assert not any("load-metrics" in name.lower() for name in headers)
+        finally:
+            await asyncio.to_thread(gateway.stop)
+        assert (busy.answers, free.answers) == (1, 7)
+        assert (busy.asked_for_load, free.asked_for_load) == (1, 1)

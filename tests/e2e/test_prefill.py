@@ -57,7 +57,7 @@ class Split:
         return engine.metrics()['prompt_tokens_by_source_total{source="local_compute"}']
 
 
-def a_gateway(directory: Any, engines: list[SimulatorProcess], **prefill: Any) -> Gateway:
+def a_gateway(directory: Any, engines: list[SimulatorProcess], mutant: str = "", **prefill: Any) -> Gateway:
     pool = {
         "type": "simulator",
         "endpoints": [f"{engine.url}/v1" for engine in engines],
@@ -67,7 +67,10 @@ def a_gateway(directory: Any, engines: list[SimulatorProcess], **prefill: Any) -
         "health": {"failures": 0, "retry_floor": 1000, "probe": "none", "scrape": "none"},
     }
     models = {"m": {"targets": [{"pool": "gpu", "model": "demo"}], "price": PRICE}}
-    return Gateway(directory, pools={"gpu": pool}, models=models, logging={"access": False})
+    broken: dict[str, Any] = {}
+    if mutant:
+        broken = {"module": "tests.mutants.gateway", "environ": {"HEADGATE_TEST_MUTANT": mutant}}
+    return Gateway(directory, pools={"gpu": pool}, models=models, logging={"access": False}, **broken)
 
 
 @pytest.fixture(scope="module")
@@ -300,3 +303,15 @@ def test_the_engine_that_computed_is_killed_between_the_calls_and_the_request_su
         again = split.row(split.ask())  # nobody answers there any more
         assert (again["status"], again["attempts"]) == (200, 1)
         assert json.loads(again["failed_attempts"])[0][:2] == ["gpu/0", "connect"]
+
+
+def test_a_build_that_fails_with_the_engine_that_computed_is_caught(tmp_path):
+    options = {"kv_transfer_config": CONNECTOR, "allow_faults": True}
+    with (
+        SimulatorProcess(**options) as prefill,
+        SimulatorProcess(**options) as decode,
+        a_gateway(tmp_path, [prefill, decode], "fails_with_the_engine_that_computed") as gateway,
+    ):
+        prefill.fault("exit", 1)
+        with pytest.raises(openai.APIStatusError):
+            Split(gateway, [prefill, decode]).ask()

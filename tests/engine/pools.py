@@ -1,13 +1,15 @@
 """Pools of real vLLM on the CPU as an operator writes them, for a gateway that supervises them."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from local_engine.installed import look
 from tests.engine.vllm_process import ENVIRONMENT, MODELS
 from tests.support.gateway_process import Gateway
 
-READY_S = 600.0  # half a minute on two free cores, and these are never free
+READY_S = 1200.0  # half a minute on two free cores, and these are never free
 
 
 def a_pool(model: str, **spec: Any) -> dict[str, Any]:
@@ -30,6 +32,17 @@ def a_pool(model: str, **spec: Any) -> dict[str, Any]:
             **spec,
         }
     }
+
+
+@contextlib.contextmanager
+def supervised(gateway: Gateway, *endpoints: str) -> Iterator[None]:
+    """The gateway, while all of these take requests; its engines may take their time to end."""
+    try:
+        gateway.start()
+        ready(gateway, *endpoints)
+        yield
+    finally:
+        gateway.stop(timeout_s=READY_S)
 
 
 def ready(gateway: Gateway, *endpoints: str, restarted: bool = False) -> None:

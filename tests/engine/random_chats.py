@@ -48,7 +48,7 @@ class Conversation:
         body: dict[str, Any] = {
             "model": "tiny",
             "messages": self.messages,
-            "max_tokens": self._rng.choice((1, 2, 4, 8, 40)),
+            "max_tokens": self._rng.choice((1, 1, 2, 4, 24)),
             "temperature": 1.0,
         }
         if self.tools:

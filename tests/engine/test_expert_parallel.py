@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tests.engine.calls import LONG, ask, until
-from tests.engine.pools import a_pool, ready
+from tests.engine.pools import a_pool, supervised
 from tests.support.gateway_process import KEY, Gateway
 
 pytestmark = pytest.mark.engine
@@ -38,8 +38,8 @@ def gateway(tmp_path_factory) -> Iterator[Gateway]:
     pools["ranks"]["placement"] = {"policy": "prefix", "kv_events": True, "tokenize_timeout_s": 30}
     models = {name: {"targets": [{"pool": name, "model": "tiny"}], "price": {"input": 1.0}} for name in pools}
     engines = {"starts_at_once": len(pools)}
-    with Gateway(tmp_path_factory.mktemp("experts"), pools=pools, models=models, engines=engines) as running:
-        ready(running, "one", "tensor", *RANKS)
+    running = Gateway(tmp_path_factory.mktemp("experts"), pools=pools, models=models, engines=engines)
+    with supervised(running, "one/0", "tensor/0", *RANKS):
         yield running
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engine.pools import a_pool, ready
+from tests.engine.pools import a_pool, ready, supervised
 from tests.engine.random_chats import chat
 from tests.support.gateway_process import KEY, Gateway
 
@@ -28,8 +28,8 @@ def gateway(tmp_path_factory) -> Iterator[Gateway]:
     )
     pool |= {"placement": {"policy": "prefix", "kv_events": True, "tokenize_timeout_s": 30}}
     models = {"tiny": {"targets": [{"pool": "gpu", "model": "tiny"}], "price": {"input": 1.0}}}
-    with Gateway(tmp_path_factory.mktemp("known"), pools={"gpu": pool}, models=models) as running:
-        ready(running, "gpu/0", "gpu/1")
+    running = Gateway(tmp_path_factory.mktemp("known"), pools={"gpu": pool}, models=models)
+    with supervised(running, "gpu/0", "gpu/1"):
         yield running
 
 

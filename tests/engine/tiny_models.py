@@ -34,6 +34,22 @@ POSITIONS = 16384
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]  # ids 0 to 3
 VISIBLE = ["<tool_call>", "</tool_call>"]  # ordinary text to the model, so that a tool parser sees it
 
+# The least that vLLM's CPU kernels take: heads of 32.
+DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": POSITIONS,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+}
+
 _Model = TypeVar("_Model", bound=PreTrainedModel)
 
 # Merges come from here: prose, JSON and digits are what the tests send.
@@ -90,43 +106,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def chat_model() -> Qwen3ForCausalLM:
-    """The least that vLLM's CPU kernels take: heads of 32."""
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=3,
-    )
-    return with_random_weights(Qwen3ForCausalLM(config))
+    return with_random_weights(Qwen3ForCausalLM(Qwen3Config(**DECODER)))
 
 
 def moe_model() -> Qwen3MoeForCausalLM:
     """As many experts as two ranks can share out, every layer sparse."""
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=256,
-        moe_intermediate_size=64,
-        num_experts=8,
-        num_experts_per_tok=2,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=3,
-    )
+    config = Qwen3MoeConfig(**DECODER, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2)
     return with_random_weights(Qwen3MoeForCausalLM(config))
 
 

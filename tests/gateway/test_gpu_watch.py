@@ -1,52 +1,28 @@
 """What GPUs are doing, read when somebody looks."""
 
 from gateway.gpu_watch import GpuWatch
-from local_engine.gpus import Gpu, Nvml
+from local_engine.gpus import Gpu, GpuReading
 
 GIB = 1 << 30
 
 
-class FakeNvml:
-    """Three GPUs; the last one has no utilisation of its own, as a slice has not."""
-
-    NVML_DEVICE_MIG_ENABLE = 1
-
-    class NVMLError(Exception):
-        pass
+class PlayedNvml:
+    """Two GPUs, and a slice that has no utilisation of its own."""
 
     def __init__(self):
-        self.calls = 0
-        self.is_open = False
-
-    def nvmlInit(self):
+        self.reads = 0
         self.is_open = True
 
-    def nvmlShutdown(self):
+    def readings(self):
+        self.reads += 1
+        busy = (0.4, 0.6, None)
+        return [
+            GpuReading(f"GPU-{place}", share, 20 * (place + 1) * GIB, 80 * GIB)
+            for place, share in enumerate(busy)
+        ]
+
+    def close(self):
         self.is_open = False
-
-    def nvmlDeviceGetCount(self):
-        self.calls += 1
-        return 3
-
-    def nvmlDeviceGetHandleByIndex(self, index):
-        return index
-
-    def nvmlDeviceGetMigMode(self, handle):
-        raise self.NVMLError
-
-    def nvmlDeviceGetUUID(self, handle):
-        return f"GPU-{handle}"
-
-    def nvmlDeviceGetName(self, handle):
-        return b"Test GPU"
-
-    def nvmlDeviceGetMemoryInfo(self, handle):
-        return type("Memory", (), {"total": 80 * GIB, "used": 20 * (handle + 1) * GIB})
-
-    def nvmlDeviceGetUtilizationRates(self, handle):
-        if handle == 2:
-            raise self.NVMLError
-        return type("Rates", (), {"gpu": 40 + 20 * handle})
 
 
 def gpus(*indexes):
@@ -54,7 +30,7 @@ def gpus(*indexes):
 
 
 def test_the_gpus_of_an_engine_are_told_together():
-    watch = GpuWatch(lambda: Nvml(FakeNvml()))
+    watch = GpuWatch(PlayedNvml)
     assert watch.load(gpus(0)) == {"gpu": 0.4, "gpu_memory": 0.25}
     assert watch.load(gpus(0, 1)) == {"gpu": 0.5, "gpu_memory": 0.375}
     assert watch.load(gpus(2)) == {"gpu_memory": 0.75}
@@ -62,15 +38,15 @@ def test_the_gpus_of_an_engine_are_told_together():
 
 
 def test_they_are_read_once_for_all_engines_and_only_when_there_are_some():
-    library = FakeNvml()
-    watch = GpuWatch(lambda: Nvml(library))
+    made = []
+    watch = GpuWatch(lambda: made.append(PlayedNvml()) or made[0])
     assert watch.load([]) == {}
-    assert not library.is_open
-    for _ in range(20):
-        watch.load(gpus(0))
-    assert library.calls <= 2  # a second may pass
+    assert not made
+    watch.load(gpus(0))
+    watch.load(gpus(1))
+    assert made[0].reads <= 2  # a second may pass
     watch.close()
-    assert not library.is_open
+    assert not made[0].is_open
 
 
 def test_a_machine_without_a_driver_is_asked_once():

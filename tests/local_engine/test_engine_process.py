@@ -21,6 +21,7 @@ import pytest
 from local_engine.engine_process import EngineProcess, Launcher, leftovers
 from local_engine.engine_records import EngineRecords, TakenError
 from local_engine.free_ports import FreePorts
+from local_engine.guard import Guard, Log
 from local_engine.process_table import ProcessId, group_members, identify, remove_socket, remove_unused
 from local_engine.supervision_config import EnginesConfig
 from tests.mutants.engines import MUTANTS
@@ -312,20 +313,29 @@ async def test_engines_of_a_gateway_that_is_gone_end_by_themselves_after_a_while
     bench.records.close()
 
 
-async def test_a_gateway_that_comes_back_in_time_keeps_them(tmp_path):
-    """The owner is gone, another writes its name in: the guard follows."""
-    bench = Bench(tmp_path / "engines", orphan_grace_s=5)
-    engine = await bench.start(bench.plan())
-    main, _ = await bench.pids()
-    owner = bench.records.owner_path.read_text()
-    bench.records.owner_path.write_text("999999999 1\n")
-    await asyncio.sleep(2)  # two looks of the guard's
-    bench.records.owner_path.write_text(owner)
-    await asyncio.sleep(5)  # beyond what it would have waited
-    assert is_running(main)
-    engine.kill()
-    await engine.wait()
-    bench.records.close()
+def test_a_gateway_that_comes_back_in_time_is_waited_for_anew_each_time(tmp_path):
+    owner, now = tmp_path / "owner", [100.0]
+    log = Log(tmp_path / "log", 4096, 1)
+    log.close()
+    guard = Guard(owner, 60.0, log, lambda: now[0])
+    me = identify(os.getpid())
+    assert me is not None
+
+    def is_abandoned_after(seconds: float) -> bool:
+        now[0] += seconds
+        return guard.is_abandoned()
+
+    owner.write_text(f"{me.pid} {me.started}\n")
+    assert not is_abandoned_after(1000)
+    owner.write_text(f"{me.pid} {me.started + 1}\n")  # another process has its pid
+    assert not is_abandoned_after(1)
+    assert not is_abandoned_after(59)
+    owner.write_text(f"{me.pid} {me.started}\n")
+    assert not is_abandoned_after(1)
+    owner.unlink()
+    assert not is_abandoned_after(1)
+    assert not is_abandoned_after(59)
+    assert is_abandoned_after(2)
 
 
 def test_a_process_is_its_pid_and_its_start():

@@ -9,7 +9,7 @@ from local_engine.free_ports import FreePorts
 from local_engine.gpus import Machine
 from local_engine.orders import orders_of
 from local_engine.plan import PlanError
-from local_engine.planning import fixed_ports, plan_pool, plan_pools, plan_replica, process_env, run_directory
+from local_engine.planning import fixed_ports, plan_pool, plan_pools, plan_replica, process_env
 from local_engine.vllm_config import VllmConfig
 from tests.local_engine.plan_cases import MACHINE, QWEN, SLICED, site
 
@@ -70,14 +70,6 @@ def test_two_pools_share_a_gpu_only_when_they_say_how_much_each_takes():
 def test_a_socket_whose_path_the_kernel_does_not_take_is_refused():
     with pytest.raises(PlanError, match="too long"):
         plan_pool("p" * 64, spec(), replace(site(), run_directory=Path("/" + "d" * 60)))
-
-
-def test_the_run_directory_is_short_however_deep_the_data_directory_is(tmp_path):
-    assert run_directory(Path("/var/lib/headgate")) == Path("/var/lib/headgate/run")
-    deep = tmp_path / ("d" * 80)
-    assert len(str(run_directory(deep))) <= 40
-    assert run_directory(deep) == run_directory(deep)
-    assert run_directory(deep) != run_directory(tmp_path / ("e" * 80))
 
 
 def test_pools_of_other_machines_may_have_a_key_of_their_own():

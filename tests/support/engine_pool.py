@@ -40,7 +40,7 @@ class EnginePool(Gateway):
     def __init__(self, directory: Path, spec: dict[str, Any], **settings: Any) -> None:
         settings = {
             "workers": 2,
-            "engines": {"orphan_grace_s": 60},
+            "engines": {"orphan_grace_s": 300},
             "models": {MODEL: {"targets": [{"pool": "gpu", "model": served_name(spec)}], "price": PRICE}},
             "logging": {"access": False},
             **settings,
@@ -48,6 +48,10 @@ class EnginePool(Gateway):
         super().__init__(
             directory, pools={"gpu": {"vllm": spec}, **settings.pop("more_pools", {})}, **settings
         )
+
+    def stop(self, timeout_s: float = 180.0) -> int:
+        """Real engines take their time."""
+        return super().stop(timeout_s)
 
     def engines(self) -> dict[str, dict[str, Any]]:
         """The replicas by name."""

@@ -21,6 +21,9 @@ class TellingEngine:
         self.minds_beginnings = False
         self.status = 200
         self.cached_tokens = 0  # what its answers say of their prompts
+        self.waiting = 0  # what their heads say of its queue, to those who ask
+        self.answers = 0
+        self.asked_for_load = 0
         self._words: dict[str, int] = {}
 
     @property
@@ -67,9 +70,15 @@ class TellingEngine:
             "total_tokens": prompt + 3,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        headers = {}
+        self.answers += 1
+        if request.headers.get("endpoint-load-metrics-format") == "TEXT":
+            self.asked_for_load += 1
+            headers["endpoint-load-metrics"] = f"TEXT named_metrics.num_requests_waiting={self.waiting}.0"
         return web.json_response(
             {"id": "c", "object": "chat.completion", "created": 1, "model": body["model"]}
-            | {"choices": [choice], "usage": usage}
+            | {"choices": [choice], "usage": usage},
+            headers=headers,
         )
 
     async def _healthy(self, _: web.Request) -> web.Response:

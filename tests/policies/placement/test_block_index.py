@@ -91,6 +91,44 @@ def test_it_finds_what_a_naive_search_finds(seed):
         assert sum(index.held(key) for key in keys) == sum(map(len, held.values()))
 
 
+def test_what_was_answered_is_believed_before_the_events_say_it():
+    index, prompt = an_index(b"a", b"b"), chain(*range(17))
+    index.assume(b"a", prompt)
+    longer = prompt.extended(range(100, 120))
+    assert index.match(longer) == {b"a": 16, b"b": 0}
+    assert index.match(chain(*range(8), 77, 78, 79, 80, 81)) == {b"a": 8, b"b": 0}
+    index.change(b"a", prompt.names, ())  # now they say it
+    index.change(b"a", (), ())
+    index.change(b"a", (), prompt.names[1:])
+    assert index.match(longer) == {b"a": 4, b"b": 0}
+
+
+def test_what_was_answered_and_is_never_told_of_is_soon_not_believed():
+    index, prompt = an_index(b"a"), chain(*range(17))
+    index.assume(b"a", prompt)
+    for n in range(16):
+        assert index.match(prompt) == {b"a": 16}
+        index.change(b"a", [n], ())
+    index.change(b"a", [99], ())
+    assert index.match(prompt) == {b"a": 0}
+    for n in range(100):
+        index.assume(b"a", chain(n, *range(16)))
+    assert index.match(chain(0, *range(16))) == {b"a": 0}
+    assert index.match(chain(99, *range(16))) == {b"a": 16}
+
+
+def test_what_was_answered_and_then_dropped_is_not_believed():
+    index, prompt = an_index(b"a"), chain(*range(17))
+    index.assume(b"a", prompt)
+    index.change(b"a", (), prompt.names[3:])
+    assert index.match(prompt) == {b"a": 0}
+    index.assume(b"a", prompt)
+    index.clear(b"a")
+    assert index.match(prompt) == {b"a": 0}
+    index.assume(b"nobody", prompt)
+    assert index.match(prompt) == {b"a": 0}
+
+
 def follows(names, dropped):
     first = next((place for place, name in enumerate(names) if name in dropped), len(names))
     return names[first:]
@@ -123,6 +161,8 @@ def test_a_session_whose_blocks_are_gone_is_not_believed_to_be_cached():
     prompt = chain(*range(100))
     policy.dispatched(pool[0], an_ask(prompt, session=7), 0.0)
     policy.finished(pool[0], an_ask(prompt, session=7), 100, 20)
+    index.change(b"a", prompt.names, ())
+    index.change(b"a", (), prompt.names)
     again = an_ask(prompt, session=7)
     policy.rank(pool, pool, again, 1.0)
     assert policy.cached_tokens(pool[0], again) == 0
