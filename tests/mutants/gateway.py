@@ -17,8 +17,8 @@ from tests.mutants.ledger import MUTANTS as LEDGER_MUTANTS
 from tests.mutants.limits import MUTANTS as LIMITS_MUTANTS
 from tests.mutants.nodes import MUTANTS as NODES_MUTANTS
 from tests.mutants.placement import MUTANTS as PLACEMENT_MUTANTS
-from tests.mutants.queue import MUTANTS as QUEUE_MUTANTS
 from tests.mutants.prefill import MUTANTS as PREFILL_MUTANTS
+from tests.mutants.queue import MUTANTS as QUEUE_MUTANTS
 from tests.mutants.recovery import MUTANTS as RECOVERY_MUTANTS
 
 MUTANTS = (
