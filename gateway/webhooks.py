@@ -195,6 +195,8 @@ class Sender:
                 return Outcome(answer.status, "", _retry_after_s(answer.headers.get("retry-after")))
         except TimeoutError:
             return Outcome(0, f"no answer within {TIMEOUT_S:g} s")
+        except aiohttp.InvalidURL:  # its text has the URL, whose path may be a secret of its own
+            return Outcome(0, "the URL is not valid")
         except (aiohttp.ClientError, OSError, ValueError) as error:
             reason = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
             return Outcome(0, f"{type(error).__name__}: {reason}"[:200])

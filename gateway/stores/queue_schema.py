@@ -194,6 +194,7 @@ CREATE TABLE outbox (
     owner TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE INDEX outbox_due ON outbox (next_time) WHERE next_time IS NOT NULL;
+CREATE INDEX outbox_dead ON outbox (created_time) WHERE next_time IS NULL AND delivered_time IS NULL;
 CREATE INDEX outbox_by_subject ON outbox (subject);
 CREATE INDEX outbox_by_time ON outbox (created_time);
 CREATE TABLE clock (

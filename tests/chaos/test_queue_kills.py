@@ -14,8 +14,8 @@ from tests.support.queue_run import QueueRun
 
 pytestmark = pytest.mark.chaos
 
-KILLS = int(os.environ.get("HEADGATE_TEST_QUEUE_KILLS", "4"))
-JOBS = int(os.environ.get("HEADGATE_TEST_QUEUE_JOBS", "150"))
+KILLS = int(os.environ.get("HEADGATE_TEST_QUEUE_KILLS", "2"))
+JOBS = int(os.environ.get("HEADGATE_TEST_QUEUE_JOBS", "80"))
 SEED = int(os.environ.get("HEADGATE_TEST_SEED", random.randrange(10_000)))
 
 

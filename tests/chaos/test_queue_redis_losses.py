@@ -21,7 +21,7 @@ pytestmark = pytest.mark.chaos
 
 LOSSES = int(os.environ.get("HEADGATE_TEST_QUEUE_LOSSES", "3"))
 SEED = int(os.environ.get("HEADGATE_TEST_SEED", random.randrange(10_000)))
-JOBS_A_LOSS = 25
+JOBS_A_LOSS = 12
 SUBMITTERS = RUNNERS = 6
 DEADLINE_S = 180.0
 GRACE_S = 0.3

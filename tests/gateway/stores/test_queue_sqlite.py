@@ -50,6 +50,7 @@ async def test_no_statement_of_a_jobs_life_looks_through_a_table(store, tmp_path
     statements += await statements_of(store, store.finish(claimed.lease, an_answer()))
     statements += await statements_of(store, store.owner_died("o"))
     statements += await statements_of(store, store.sweep())
+    statements.append("SELECT count(*) FROM outbox WHERE next_time IS NULL AND delivered_time IS NULL")
     connection = open_database(tmp_path / DATABASE_NAME, steps=queue_schema.STEPS)
     scans = [
         (statement, line)
