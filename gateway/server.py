@@ -491,5 +491,6 @@ def _notify(state: str) -> None:
 
 
 async def _cancel(task: asyncio.Future[Any]) -> None:
-    task.cancel()
-    await asyncio.wait({task})
+    while not task.done():  # more than once: one that comes while a watch enters its thread is lost there
+        task.cancel()
+        await asyncio.wait({task}, timeout=1.0)

@@ -109,12 +109,14 @@ def _with_model(body: bytes, model: str) -> bytes:
 
 
 def _with_addresses(config: Config) -> list[PoolSettings]:
-    """Simulators get their addresses when they start; here each has one that nothing is sent to."""
+    """Engines get their addresses when they start; here each has one that nothing is sent to, and takes requests."""
     return [
-        pool
-        if pool.simulator is None
-        else replace(
-            pool, base_urls=tuple(f"http://127.0.0.1:{n + 1}" for n in range(pool.simulator.replicas))
+        replace(
+            pool,
+            base_urls=pool.base_urls
+            if pool.simulator is None
+            else tuple(f"http://127.0.0.1:{n + 1}" for n in range(pool.simulator.replicas)),
+            members=tuple(member.model_copy(update={"is_open": True}) for member in pool.members),
         )
         for pool in config.enabled_pools().values()
     ]

@@ -95,12 +95,13 @@ def test_experts_on_two_ranks_answer_what_one_process_answers(client, alone, mod
 
 
 def test_a_session_stays_with_its_rank_and_finds_its_cache_there(client, gateway):
-    """A rank has a cache of its own: what one has computed the other must compute again."""
+    """A rank has a cache of its own. Each session begins with words of its own: else all would go where the first is warm."""
     homes = {}
     for n in range(64):
-        session = f"agent-{n}"
+        session = f"rank-{n}"
         first, second = (
-            gateway.row(ask(client, LONG + session, session, model="ranks")._request_id) for _ in range(2)
+            gateway.row(ask(client, f"{session}: {LONG}", session, model="ranks")._request_id)
+            for _ in range(2)
         )
         assert first["endpoint"] == second["endpoint"]
         assert second["cache_read_tokens"] == second["predicted_cached_tokens"] >= 256

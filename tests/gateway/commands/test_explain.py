@@ -78,6 +78,16 @@ def test_each_stage_is_told_in_its_order(run):
     assert text.count("$1.00 in, $0.10 cached, $2.00 out") == 3
 
 
+def test_engines_that_do_not_run_yet_are_placed_by_the_names_they_will_have(run, config):
+    engines = "  gpu: {vllm: {model: m, gpus: none, replicas: 2}}\n"
+    models = "  gpu: {targets: [{pool: gpu, model: m}], price: {input: 1, output: 1}}\n"
+    config.write_text(CONFIG.replace("models:\n  own", engines + "models:\n" + models + "  own"))
+    code, text = run("--model", "gpu")
+    assert code == 0, text
+    assert "gpu/0" in text
+    assert "gpu/1" in text
+
+
 def test_candidates_come_with_their_price_and_its_source(told):
     places = told("--model", "own")["place"]
     assert {place["endpoint"] for place in places} == {"own/0", "own/1", "own/2"}
