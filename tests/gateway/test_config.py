@@ -223,7 +223,10 @@ def test_paths_count_from_the_files_directory_also_in_a_worker(tmp_path):
 
 def test_limits_and_engines_have_the_defaults_of_what_they_configure():
     limits = LimitsConfig().model_dump(exclude={"response_bytes"})
-    uploads = {"upload_paths": frozenset(), "upload_bytes": 0}  # where there is a queue: its files' own settings
+    uploads = {
+        "upload_paths": frozenset(),
+        "upload_bytes": 0,
+    }  # where there is a queue: its files' own settings
     assert limits | uploads == dataclasses.asdict(Limits())
     simulator = SimulatorConfig()
     for field in dataclasses.fields(EngineSettings):
