@@ -307,22 +307,28 @@ class Runner:
 
     async def _append(self, run: Run, events: list[bytes]) -> None:
         """To the journal of its stream, as they come, a few at a time."""
+        if not events:
+            return
+        is_in_doubt = False  # whether the store took them before it went away
         while events:
             try:
                 await self._store.append_events(run.lease, run.journaled, events)
             except OutOfOrderError as error:
-                run.journaled = error.expected  # an earlier run has written some
-                continue
+                taken = error.expected - run.journaled
+                if is_in_doubt and 0 < taken <= len(events) and (run.journaled or run.job.runs <= 1):
+                    events = events[taken:]
+                run.journaled = error.expected  # where it was not in doubt, an earlier run has written some
             except LeaseLostError:
                 run.stop("lost")
                 return
             except StoreAwayError as error:
+                is_in_doubt = True
                 _log.error("events of a stream wait for the queue's store: %s", error)
                 await asyncio.sleep(_AWAY_S)
-                continue
-            run.journaled += len(events)
-            self._on_change(run.job.id)
-            return
+            else:
+                run.journaled += len(events)
+                break
+        self._on_change(run.job.id)
 
     def _told(self, run: Run, exchange: Exchange, job: Job | None) -> Ended:
         candidate = exchange.candidate
