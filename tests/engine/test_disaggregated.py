@@ -21,6 +21,7 @@ pytestmark = pytest.mark.engine
 START_S = 400.0  # of two engines at once, on two busy cores
 WAIT_S = 120.0
 P, D = "gpu/0", "gpu/1"
+OTHER_KEY = "sk-other-6f1c2a9b8d7e4f31"
 PRICE = {"input": 1.0, "cached_input": 0.1, "output": 4.0}
 LONG = "The ledger keeps one row for each request, and the spillway opens when there is too much water. " * 12
 LONGER = (
@@ -46,7 +47,8 @@ SPEC = {
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePool]:
     models = {"tiny": {"targets": [{"pool": "gpu", "model": "tiny"}], "price": PRICE}}
-    running = EnginePool(tmp_path_factory.mktemp("apart"), SPEC, models=models)
+    keys = [{"name": "other", "key": OTHER_KEY, "team": "others"}]
+    running = EnginePool(tmp_path_factory.mktemp("apart"), SPEC, models=models, keys=keys)
     running.config["pools"]["gpu"]["prefill"] = {"least_tokens": 100, "timeout_s": WAIT_S}
     running.start()
     try:
@@ -123,6 +125,21 @@ def test_cached_tokens_are_billed_from_the_decode_answer(client, gateway, stream
         alone = ask(client, LONGER, "x", extra_body={**ALONE, "cache_salt": "whole"}).parse()
         assert text == alone.choices[0].message.content
     until_nothing_is_held(gateway)
+
+
+def test_tenants_with_the_same_prompt_share_no_cache(client, gateway):
+    """A pool of vLLM is salted by itself; a client's own salt is not the whole of it."""
+    with openai.OpenAI(base_url=gateway.base_url, api_key=OTHER_KEY, max_retries=0, timeout=300) as other:
+        cached = []
+        for sdk in (client, client, other, other):
+            raw = ask(sdk, "shared " + LONG, "same", extra_body={**ALONE, "cache_salt": "guessed"})
+            row = gateway.row(raw.headers["x-request-id"], within_s=60)
+            assert row["cost_nanousd"] == (
+                row["input_tokens"] * 1000 + row["cache_read_tokens"] * 100 + row["output_tokens"] * 4000
+            )
+            cached.append(row["cache_read_tokens"])
+    assert cached[0] == cached[2] == 0
+    assert cached[1] == cached[3] > 0
 
 
 async def test_a_client_that_leaves_between_the_calls_leaves_nothing_held(gateway):
