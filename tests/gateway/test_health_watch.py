@@ -67,7 +67,7 @@ def test_a_word_about_an_endpoint_that_is_gone_is_dropped():
 
 @pytest.mark.parametrize(
     ("kind", "probe", "scrape"),
-    [("vllm", "generate", "metrics"), ("simulator", "generate", "metrics"), ("sglang", "health", "none"), ("openai", "none", "none")],
+    [("vllm", "generate", "metrics"), ("simulator", "generate", "metrics"), ("sglang", "generate", "metrics"), ("openai", "none", "none")],
 )  # fmt: skip
 def test_each_kind_of_upstream_is_asked_what_costs_nobody_anything(kind, probe, scrape):
     assert (probe_of(HealthConfig(), KNOWN[kind]), scrape_of(HealthConfig(), KNOWN[kind])) == (probe, scrape)

@@ -140,7 +140,7 @@ class _Service:
         keyring = SimpleNamespace(find_by_id=lambda _: Caller("k", "k"))
         runtime = SimpleNamespace(
             keyring=keyring, ceilings=(1.0, 1.0, 1.0, 1.0), catalog=SimpleNamespace(find=lambda _: None),
-            end_users=SimpleNamespace(is_on=False), takes_flex=True, session_headers=(), session_secret=b"",
+            end_users=SimpleNamespace(is_on=False), takes_flex=True, session_headers=(), session_names=frozenset(), session_secret=b"",
         )  # fmt: skip
         self.runner = Runner(self, self._handle, settler, lambda: runtime, lambda _: None)
 
