@@ -1,4 +1,4 @@
-"""For all tests: names that are the same in every process, the same examples in every run, and the list of what failed."""
+"""For all tests: the same names and examples in every process and run, who begins with what, and the list of what failed."""
 
 import os
 from pathlib import Path
@@ -16,6 +16,33 @@ def pytest_make_parametrize_id(config, val, argname):
     """Compressed bytes hold the time they were made at."""
     del config
     return argname if isinstance(val, bytes) and not (val.isascii() and val.decode().isprintable()) else None
+
+
+# Files whose tests wait long for what takes its time. Side by side they end before the others do, which fill the gaps.
+LONGEST = (
+    "tests/e2e/test_engines.py",
+    "tests/chaos/test_nodes.py",
+    "tests/chaos/test_sick_replicas.py",
+    "tests/chaos/test_storage_trouble.py",
+    "tests/chaos/test_load_counters.py",
+    "tests/e2e/test_endpoint_health.py",
+)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Each of the processes begins with one of the longest files; what it has left in the end, others take over."""
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if workers == 1:
+        return
+    long = {name: [item for item in items if item.nodeid.startswith(name)] for name in LONGEST}
+    rest = [item for item in items if not item.nodeid.startswith(LONGEST)]
+    share = -(-len(rest) // workers)
+    ordered = []
+    for number in range(workers):
+        for name in LONGEST[number::workers]:
+            ordered += long[name]
+        ordered += rest[number * share : (number + 1) * share]
+    items[:] = ordered
 
 
 class Failures:
