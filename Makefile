@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONFIG ?= config.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help run run-vllm engine-cpu test test-engine check lint format bench bench-quick bench-routing lock clean
+.PHONY: help run run-vllm engine-cpu test test-chaos test-engine check lint format bench bench-quick bench-routing lock clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,9 +21,13 @@ run-vllm: $(VENV)/.base ## Serve MODEL (a repository or a folder) with the vLLM 
 engine-cpu: ## Install vLLM for the CPU into .venv-engine (2.5 GB, once; Linux on x86-64)
 	@tests/engine/setup
 
-test: $(VENV)/.dev ## Install what the tests need and run them all (under five minutes)
+test: $(VENV)/.dev ## Install what the tests need and run them (under five minutes)
 	@tests/setup
-	@tests/run -n 6 --dist worksteal -m "not engine"
+	@tests/run -n 6 --dist worksteal -m "not engine" --ignore tests/chaos
+
+test-chaos: $(VENV)/.dev ## Kill, freeze and flood everything, in small: seeded, two to four minutes
+	@tests/setup
+	@tests/run -n 6 --dist worksteal tests/chaos
 
 test-engine: $(VENV)/.dev ## Install CPU vLLM (2.5 GB, once) and run what needs a real engine
 	@tests/engine/setup
