@@ -30,7 +30,7 @@ async def occupy(client: Any, session: str, count: int) -> list[Any]:
     return streams
 
 
-def until(is_so: Callable[[], bool], within_s: float = 10.0) -> float:
+def until(is_so: Callable[[], bool], within_s: float = 30.0) -> float:
     """Seconds until it was so."""
     began_at = time.perf_counter()
     while not is_so():

@@ -56,7 +56,11 @@ def replicas(engines: Engines) -> list[Vllm]:
 @pytest.fixture(scope="session")
 def gateway(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     pools = {
-        "gpu": {"endpoints": [replica.base_url for replica in engines.chat]},
+        # Sessions stay where a test put them, however many requests that makes of one replica.
+        "gpu": {
+            "endpoints": [replica.base_url for replica in engines.chat],
+            "placement": {"bounded_load": 16},
+        },
         "vectors": {"endpoints": [engines.embed.base_url]},
     }
     models = {
