@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import secrets
 import statistics
 
 import pytest
@@ -49,7 +50,8 @@ async def test_leaving_an_answer_that_is_not_streamed_stops_the_engine(
     async_client, gateway, replicas, capsys
 ):
     delays = []
-    tagged = async_client.with_options(default_headers={"x-headgate-tags": "running"})
+    tag = secrets.token_hex(4)  # of its own each time it is run
+    tagged = async_client.with_options(default_headers={"x-headgate-tags": tag})
     for _ in range(ROUNDS):
         call = asyncio.ensure_future(ask(tagged, **ENDLESS))
         await wait_until(lambda: work(replicas) == 1)
@@ -57,7 +59,7 @@ async def test_leaving_an_answer_that_is_not_streamed_stops_the_engine(
         delays.append(await wait_until(lambda: work(replicas) == 0))
         await asyncio.gather(call, return_exceptions=True)
     report(capsys, "an answer left while it was made", delays)
-    assert_withdrawn(gateway, "running", 499)
+    assert_withdrawn(gateway, tag, 499)
 
 
 @pytest.mark.parametrize("is_stream", [True, False], ids=["stream", "whole"])
@@ -66,7 +68,7 @@ async def test_leaving_the_engines_queue_gives_the_place_back(
 ):
     """Four run, the fifth waits. Of a stream the engine sends the head at once, and then nothing: it is not relayed yet."""
     queued = functools.partial(replicas[0].metric, "num_requests_waiting")
-    tag = f"queued-{is_stream}"
+    tag = secrets.token_hex(4)
     tagged = async_client.with_options(default_headers={"x-headgate-tags": tag})
     streams = await occupy(async_client, sessions[0], 4)
     delays = []
