@@ -79,8 +79,9 @@ def until(gateway: Gateway, name: str, count: int) -> None:
 def test_of_two_that_wait_in_an_engine_the_interactive_one_goes_first(gateway):
     running = Asked(gateway, KEY, 3500)
     until(gateway, "num_requests_running", 1)
-    bulk = Asked(gateway, BULK_KEY, TOKENS)
-    until(gateway, "num_requests_waiting", 1)
+    bulk = Asked(
+        gateway, BULK_KEY, TOKENS
+    )  # both before the gateway sees that one waits, and keeps the other
     interactive = Asked(gateway, INTERACTIVE_KEY, TOKENS)
     until(gateway, "num_requests_waiting", 2)
     running.is_enough.set()  # its place is free
