@@ -71,6 +71,7 @@ class Connection(asyncio.Protocol):
         "_transport",
         "_unsent_bytes",
         "_waiter",
+        "_watch_s",
     )
 
     def __init__(
@@ -92,6 +93,7 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[Reply] | None = None
         self._reply: Reply | None = None
         self._deadlines = Deadlines()
+        self._watch_s = min(self._deadlines.first_byte_s, self._deadlines.idle_s)
         self._total_at = math.inf
         self._sent_at = 0.0
         self._heard_at = 0.0  # since when the upstream is expected to say something
@@ -100,8 +102,11 @@ class Connection(asyncio.Protocol):
     def is_usable(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    async def exchange(self, head: bytes, body: bytes, deadlines: Deadlines, total_at: float) -> Reply:
-        """Sends a request and waits for the head of its final answer. Cancelled, it closes the connection.
+    def exchange(
+        self, head: bytes, body: bytes, deadlines: Deadlines, total_at: float
+    ) -> "asyncio.Future[Reply]":
+        """Sends a request; the future is done when the head of its final answer is there. Who waits for it and no longer
+        will, says so with `forsake`.
 
         The head of an event stream is not enough: vLLM sends it before it has looked at the prompt, so that it would
         tell nothing, and could not be taken back once relayed. The first byte after it must be there, too.
@@ -110,24 +115,30 @@ class Connection(asyncio.Protocol):
         assert transport is not None, "only usable connections are given out"
         self._exchanges += 1
         self._reader.expect(is_head_request=head.startswith(b"HEAD "))
-        self._deadlines = deadlines
+        if deadlines is not self._deadlines:
+            self._deadlines = deadlines
+            self._watch_s = min(deadlines.first_byte_s, deadlines.idle_s)
         self._total_at = total_at
         self._sent_at = self._heard_at = now = self._now()
         waiter: asyncio.Future[Reply] = self._loop.create_future()
         self._waiter = waiter
-        try:
-            if len(body) < _JOIN_BYTES:
-                self._keeper.outbox.write(transport, head + body if body else head)
-            else:
-                self._keeper.outbox.write(transport, head)
-                self._keeper.outbox.write(transport, body)
-            watch_at = min(now + min(deadlines.first_byte_s, deadlines.idle_s), total_at)
-            if self._timer is None or watch_at < self._timer_at:
-                self._watch(watch_at)
-            return await waiter
-        except BaseException:
-            self._forsake(waiter)
-            raise
+        if len(body) < _JOIN_BYTES:
+            self._keeper.outbox.write(transport, head + body)
+        else:
+            self._keeper.outbox.write(transport, head)
+            self._keeper.outbox.write(transport, body)
+        watch_at = min(now + self._watch_s, total_at)
+        if self._timer is None or watch_at < self._timer_at:
+            self._watch(watch_at)
+        return waiter
+
+    def forsake(self, waiter: "asyncio.Future[Reply]") -> None:
+        """The sender was cancelled: before the head came, or after it, in the same turn of the loop."""
+        if waiter.cancelled() or not waiter.done():
+            if self._waiter is waiter:
+                self.close()
+        elif waiter.exception() is None:
+            waiter.result().close()
 
     def close(self) -> None:
         """Drops the connection at once; who waits for an answer is not told."""
@@ -252,14 +263,6 @@ class Connection(asyncio.Protocol):
             self.close()
         reply.end(None)
 
-    def _forsake(self, waiter: asyncio.Future[Reply]) -> None:
-        """The sender was cancelled: before the head came, or after it, in the same turn of the loop."""
-        if waiter.cancelled() or not waiter.done():
-            if self._waiter is waiter:
-                self.close()
-        elif waiter.exception() is None:
-            waiter.result().close()
-
     def _end_of_input(self, *, is_clean: bool) -> None:
         reply, waiter = self._reply, self._waiter
         if reply is None and waiter is None:
@@ -270,6 +273,13 @@ class Connection(asyncio.Protocol):
             assert reply is not None, "only an answer with a head is complete"
             self._finish(reply)
             return
+        # The kept connection died within a second of our write, without a byte of an answer: all but surely the upstream
+        # had closed it as idle before it saw the request. RFC 9112 section 9.3.1 lets a client repeat a POST only if it
+        # knows that the first was not applied, and this is strong evidence, no proof: an upstream that took the request
+        # and died within that second does the work twice - once, never more. nginx, Go and of late Pingora leave such a
+        # POST failed; curl and Chrome repeat it, without a time limit. We follow curl, with the limit: what is lost
+        # otherwise is a client's request on every restart of an engine, what is risked is the prefill of an answer that
+        # nobody was going to get.
         if error.kind == "reset" and self._reader.is_untouched and self._exchanges > 1:
             error.stale = self._now() - self._sent_at < _STALE_WINDOW_S
         self.fail(error)

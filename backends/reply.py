@@ -73,9 +73,9 @@ class Reply:
 
     async def read(self, limit_bytes: int) -> bytes:
         """The whole body. UpstreamError if it breaks off, stalls or exceeds the limit."""
-        if self._is_ended and self._error is None and self._sink is None and self._held_bytes <= limit_bytes:
-            self._sink = _DEAF
-            return b"".join(self._held)  # a short answer, all here before anyone asked
+        body = self.take_whole(limit_bytes)
+        if body is not None:
+            return body
         whole = _Whole(self, limit_bytes)
         self.relay(whole)
         if not whole.is_ended:
@@ -88,6 +88,19 @@ class Reply:
         if whole.error is not None:
             raise whole.error
         return b"".join(whole.pieces)
+
+    def take_whole(self, limit_bytes: int) -> bytes | None:
+        """The whole body if it is all here before anyone asked, as a short one is; None: `read` it."""
+        if (
+            not self._is_ended
+            or self._error is not None
+            or self._sink is not None
+            or self._held_bytes > limit_bytes
+        ):
+            return None
+        self._sink = _DEAF
+        held = self._held
+        return held[0] if len(held) == 1 else b"".join(held)
 
     async def first(self, is_enough: Callable[[bytes], bool]) -> bytes:
         """The beginning of the body, as soon as there is enough of it or no more will come; it stays to be read or relayed."""

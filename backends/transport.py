@@ -32,6 +32,7 @@ class ConnectionPool:
         "_is_closed",
         "_keepalive_s",
         "_leaving",
+        "_loop",
         "_max_head_bytes",
         "_max_idle",
         "_open",
@@ -56,6 +57,7 @@ class ConnectionPool:
         self._leaving: set[Connection] = set()  # closed by us, not yet by the loop
         self._all_gone = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the first request
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -83,33 +85,33 @@ class ConnectionPool:
         Cancelled, it closes the connection at once. When the body of the reply has ended, its connection returns
         to the pool by itself.
         """
-        loop = asyncio.get_running_loop()
+        loop = self._loop
+        if loop is None:
+            loop = self._loop = asyncio.get_running_loop()
         now = loop.time()
         total_at = now + deadlines.total_s
         connection = self._take_idle(now)
         if self._asks_proxy:
             head = self._in_absolute_form(head)
-        if connection is not None:
+        while True:
+            if connection is None:
+                limit_s = min(deadlines.connect_s, max(0.0, total_at - loop.time()))
+                connection = await self._connect(loop, limit_s)
             if on_dispatch is not None:
                 on_dispatch()
+            waiter = connection.exchange(head, body, deadlines, total_at)
             try:
-                reply = await connection.exchange(head, body, deadlines, total_at)
-                return self._checked(reply) if self._asks_proxy else reply
+                reply = await waiter
             except UpstreamError as error:
                 if not error.stale:
                     raise
-            # The kept connection died within a second of our write, without a byte of an answer: all but surely the
-            # upstream had closed it as idle before it saw the request. RFC 9112 section 9.3.1 lets a client repeat a
-            # POST only if it knows that the first was not applied, and this is strong evidence, no proof: an upstream
-            # that took the request and died within that second does the work twice - once, never more. nginx, Go and
-            # of late Pingora leave such a POST failed; curl and Chrome repeat it, without a time limit. We follow
-            # curl, with the limit: what is lost otherwise is a client's request on every restart of an engine, what
-            # is risked is the prefill of an answer that nobody was going to get.
-        connection = await self._connect(loop, min(deadlines.connect_s, max(0.0, total_at - loop.time())))
-        if on_dispatch is not None:
-            on_dispatch()
-        reply = await connection.exchange(head, body, deadlines, total_at)
-        return self._checked(reply) if self._asks_proxy else reply
+            except BaseException:
+                connection.forsake(waiter)
+                raise
+            else:
+                return self._checked(reply) if self._asks_proxy else reply
+            # It was closed as idle before it saw the request: once more, on a new one, which is never called stale.
+            connection = None
 
     async def close(self) -> None:
         """Closes every connection; exchanges under way end with an error. Returns when the sockets are closed."""

@@ -73,37 +73,60 @@ def is_stream(reply: Reply) -> bool:
     return reply.status < 300 and reply.is_event_stream
 
 
+def take_whole(exchange: Exchange, reply: Reply, limit_bytes: int) -> bytes | None:
+    """What `read_whole` returns, if nothing has to be awaited for it: the answer is short, here, and in no coding."""
+    if b"content-encoding" in reply.headers:
+        return None
+    body = reply.take_whole(limit_bytes)
+    if body is not None:
+        exchange.ready_at = time.perf_counter()
+        _take_usage(exchange, reply.status, body)
+    return body
+
+
 async def read_whole(exchange: Exchange, reply: Reply, limit_bytes: int) -> bytes:
     """The whole body, and the usage in it. UpstreamError if it can be no answer to what was asked."""
     body = await reply.read(limit_bytes)
     exchange.ready_at = time.perf_counter()
-    if reply.status == 200:
-        if exchange.dialect.is_billed:
-            await _take_usage(exchange, reply, body, limit_bytes)
-    elif reply.status < 400 and exchange.dialect is not RAW:
-        raise UpstreamError(
-            "unusable",
-            f"it answered with status {reply.status}, which answers nothing; is its base_url right?",
-        )
+    plain: bytes | None = body
+    if reply.status == 200 and exchange.dialect.is_billed:
+        plain = await _decoded(exchange, reply, body, limit_bytes)
+    if plain is not None:
+        _take_usage(exchange, reply.status, plain)
     return body
 
 
-async def _take_usage(exchange: Exchange, reply: Reply, body: bytes, limit_bytes: int) -> None:
+async def _decoded(exchange: Exchange, reply: Reply, body: bytes, limit_bytes: int) -> bytes | None:
+    """Without its content coding; None: it is the client's to undo, and not for us to read."""
     encoding = reply.headers.get(b"content-encoding")
-    reading = None
+    if encoding is None:
+        return body
     try:
-        plain = body if encoding is None else await decode_body(body, encoding, limit_bytes)
-        reading = read_usage(exchange.dialect, plain)
-    except Refusal as refusal:  # in words for a client's body; relayed raw, it is the client's to undo
-        if exchange.dialect is not RAW:
-            kind: ErrorKind = "too_large" if refusal.status == 413 else "unusable"
-            raise UpstreamError(kind, "it used a content coding nobody asked for, and badly") from refusal
+        return await decode_body(body, encoding, limit_bytes)
+    except Refusal as refusal:  # in words for a client's body
+        if exchange.dialect is RAW:
+            return None
+        kind: ErrorKind = "too_large" if refusal.status == 413 else "unusable"
+        raise UpstreamError(kind, "it used a content coding nobody asked for, and badly") from refusal
+
+
+def _take_usage(exchange: Exchange, status: int, body: bytes) -> None:
+    dialect = exchange.dialect
+    if status != 200:
+        if status < 400 and dialect is not RAW:
+            raise UpstreamError(
+                "unusable", f"it answered with status {status}, which answers nothing; is its base_url right?"
+            )
+        return
+    if not dialect.is_billed:
+        return
+    reading = read_usage(dialect, body)
     if reading is not None:
         exchange.usage = reading.usage
         exchange.served_model = reading.model
         exchange.service_tier = reading.service_tier
         exchange.answer_id = reading.answer_id
-    elif exchange.dialect is not RAW:
+    elif dialect is not RAW:
         raise UpstreamError("unusable", "its answer is not a JSON object; is its base_url right?")
 
 

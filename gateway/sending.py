@@ -22,7 +22,7 @@ from backends.transport import Reply
 from gateway.inbound import Request
 from gateway.intake import Message
 from gateway.prefilling import LEAST_WORK_TOKENS, Handover, Prefilling, UncollectedError
-from gateway.relay import is_stream, read_whole
+from gateway.relay import is_stream, read_whole, take_whole
 from gateway.runtime import Runtime
 from gateway.settle import Settler
 from policies.engine_priority import prioritised, with_priority
@@ -172,7 +172,9 @@ class Sending:
             exchange.attempt.heard(now)
         if reply.status >= 400 or is_stream(reply):
             return Sent(reply, encoded.strips_usage, is_stream=reply.status < 400)
-        body = await read_whole(exchange, reply, runtime.response_bytes)
+        body = take_whole(exchange, reply, runtime.response_bytes)
+        if body is None:
+            body = await read_whole(exchange, reply, runtime.response_bytes)
         if exchange.attempt is not None and exchange.usage is not None:
             exchange.attempt.add_work(_TOKEN_WORK * exchange.usage.output_tokens)
         return Sent(reply, encoded.strips_usage, body)
