@@ -96,9 +96,11 @@ class Pool:
     `priority` is who says in which order its engines run requests: their `class`, the `client` if it does, or nobody.
 
     `prefillers` compute prompts for `endpoints`, and answer nobody themselves; nearly always there are none.
+
+    `is_plain`: its engines are told nothing of a request beyond what its client and its rules say.
     """
 
-    __slots__ = ("endpoints", "is_salted", "name", "prefillers", "priority")
+    __slots__ = ("endpoints", "is_plain", "is_salted", "name", "prefillers", "priority")
 
     def __init__(
         self,
@@ -113,6 +115,7 @@ class Pool:
         self.endpoints = endpoints
         self.is_salted = is_salted
         self.priority = priority
+        self.is_plain = not (is_salted or priority)
         self.prefillers = prefillers
 
     @property

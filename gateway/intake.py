@@ -5,7 +5,7 @@ policy beyond the key itself.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Final
 from urllib.parse import parse_qsl
 
@@ -55,7 +55,7 @@ def identify(exchange: Exchange, request: Request, runtime: Runtime) -> Denial |
 def _caller(headers: Mapping[bytes, bytes], runtime: Runtime) -> Caller | str:
     problem: str = "missing"
     bearer = headers.get(b"authorization")
-    if bearer is not None and bearer[:7].lower() == b"bearer ":
+    if bearer is not None and (bearer.startswith(b"Bearer ") or bearer[:7].lower() == b"bearer "):
         found = runtime.keyring.find(bearer[7:].strip())
         if isinstance(found, Caller):
             return found
@@ -73,8 +73,13 @@ def _caller(headers: Mapping[bytes, bytes], runtime: Runtime) -> Caller | str:
     return problem
 
 
-async def read(exchange: Exchange, request: Request, runtime: Runtime, provider: str) -> Message:
-    """The body, decoded under the limit, and the routed fields. Refusal on anything malformed."""
+def read(
+    exchange: Exchange, request: Request, runtime: Runtime, provider: str
+) -> Message | Awaitable[Message]:
+    """The body, decoded under the limit, and the routed fields. Refusal on anything malformed.
+
+    To be awaited only where the body is not all here, or compressed.
+    """
     headers = request.headers
     if b"x-headgate-tags" in headers:
         read_tags(exchange, headers)
@@ -84,9 +89,21 @@ async def read(exchange: Exchange, request: Request, runtime: Runtime, provider:
         and any(name == "model" for name, _ in parse_qsl(request.query, keep_blank_values=True))
     ):
         raise Refusal(400, "model_in_query", "`model` belongs in the body; a query cannot name another one")
+    body = request.body_here
+    if body is None or b"content-encoding" in headers:
+        return _read_later(exchange, request, runtime, provider)
+    return _read_body(exchange, request, body, runtime, provider)
+
+
+async def _read_later(exchange: Exchange, request: Request, runtime: Runtime, provider: str) -> Message:
     raw = await request.body()
-    encoding = headers.get(b"content-encoding")
+    encoding = request.headers.get(b"content-encoding")
     body = raw if encoding is None else await decode_body(raw, encoding, runtime.body_bytes)
+    return _read_body(exchange, request, body, runtime, provider)
+
+
+def _read_body(exchange: Exchange, request: Request, body: bytes, runtime: Runtime, provider: str) -> Message:
+    headers = request.headers
     exchange.body_bytes = len(body)
     if exchange.dialect is RAW:
         exchange.model_name = f"{provider}/*"

@@ -8,11 +8,12 @@ request, however it ended.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 from backends.dialect import RESPONSES
 from backends.errors import UpstreamError
+from backends.transport import Reply
 from gateway.errors import denial_answer, envelope, error_headers, foreign_error, upstream_answer
 from gateway.fallbacks import Fallbacks
 from gateway.idempotency import HEADER, Idempotency
@@ -32,6 +33,7 @@ from gateway.shadowing import Shadowing
 from policies.exchange import Exchange
 from policies.limits.refusals import BUDGET_EXCEEDED
 from policies.policy import Admit
+from policies.routing import Candidate
 from policies.rules.fallback import fall_back, has_fallbacks, has_shadows
 from policies.verdict import Denial
 
@@ -78,12 +80,13 @@ class Pipeline:
         runtime = self._runtime()
         relay: StreamRelay | None = None
         try:
-            received = message or await self._receive(request, exchange, runtime, provider)
-            if received is None:
-                return  # answered, as what it repeats
-            if isinstance(received, Denial):
-                self._refuse(exchange, request, received)
-                return
+            received = message or self._receive(request, exchange, runtime, provider)
+            if not isinstance(received, Message):
+                late = await received
+                if not isinstance(late, Message):
+                    self._decline(exchange, request, late)
+                    return
+                received = late
             denial = self._admit(exchange, runtime.hooks.admit)
             if exchange.lacks or (denial is not None and denial.code == BUDGET_EXCEEDED):
                 denial = await self._ask_for_more(exchange, runtime, denial)
@@ -95,10 +98,8 @@ class Pipeline:
             if exchange.model is not None and exchange.model.is_indexed:
                 await self._prompt_tokens.read(exchange, runtime.session_secret)
             sent = await self._send(exchange, request, received, runtime)
-            if sent is None:
-                return  # parked, and answered
-            if isinstance(sent, Denial):
-                self._refuse(exchange, request, sent)
+            if not isinstance(sent, Sent):
+                self._decline(exchange, request, sent)
                 return
             try:
                 if exchange.on_priced is not None:
@@ -110,15 +111,14 @@ class Pipeline:
                     await relay.run()
                     exchange.ended = "completed" if relay.finish() else "incomplete"
                 else:
-                    await self._answer_whole(exchange, request, sent, runtime)
+                    body = sent.body
+                    if body is None:
+                        body = await read_whole(exchange, sent.reply, runtime.response_bytes)
+                    self._answer_whole(exchange, request, sent.reply, body)
             finally:
                 sent.reply.close()
         except Refusal as refusal:
-            exchange.ended = "invalid"
-            denial = Denial(refusal.status, refusal.code, refusal.message, refusal.param)
-            self._answer(
-                exchange, request, denial_answer(denial, exchange.dialect.family, exchange.request_id)
-            )
+            self._fail_invalid(exchange, request, refusal)
         except UpstreamError as error:
             self._fail_upstream(exchange, request, error)
         except asyncio.CancelledError:
@@ -131,14 +131,34 @@ class Pipeline:
             if HEADER in request.headers:
                 self._idempotency.end(exchange, request)
 
-    async def _receive(
+    def _receive(
         self, request: Request, exchange: Exchange, runtime: Runtime, provider: str
-    ) -> Message | Denial | None:
-        """Identify and read. None: answered already, as a repetition of what was asked before."""
+    ) -> Message | Awaitable[Message | Denial | None]:
+        """Identify and read. An ordinary request is here already: nothing is awaited for it."""
         denial = identify(exchange, request, runtime)
-        if denial is not None:
-            return denial
-        message = await read(exchange, request, runtime, provider)
+        message = denial or read(exchange, request, runtime, provider)
+        model = exchange.model
+        if (
+            isinstance(message, Message)
+            and HEADER not in request.headers
+            and exchange.dialect is not RESPONSES
+            and (model is None or model.on_full != "hold")
+        ):
+            return message
+        return self._receive_more(request, exchange, runtime, message)
+
+    async def _receive_more(
+        self,
+        request: Request,
+        exchange: Exchange,
+        runtime: Runtime,
+        message: Message | Denial | Awaitable[Message],
+    ) -> Message | Denial | None:
+        """The rest of it. None: answered already, as a repetition of what was asked before."""
+        if isinstance(message, Denial):
+            return message
+        if not isinstance(message, Message):
+            message = await message
         if HEADER in request.headers:
             denial = await self._idempotency.begin(exchange, request, runtime.idempotency, message.body)
             if denial is not None or exchange.ended == "replayed":
@@ -177,23 +197,32 @@ class Pipeline:
                 settle(exchange, time.perf_counter())  # gives back what was reserved for the dearer model
             denial = self._admit(exchange, runtime.hooks.admit_again)
 
-    async def _send(
+    def _send(
         self, exchange: Exchange, request: Request, message: Message, runtime: Runtime
-    ) -> Sent | Denial | None:
+    ) -> Awaitable[Sent | Denial | None]:
         """Place and send. None: parked, and answered."""
         if has_fallbacks(exchange):
-            return await self._fallbacks.send(exchange, request, message, runtime)
+            return self._fallbacks.send(exchange, request, message, runtime)
         placed = self._placing.at_once(exchange, runtime)
+        if isinstance(placed, list):
+            return self._sending.send(exchange, request, message, placed, runtime)
+        return self._send_later(exchange, request, message, runtime, placed)
+
+    async def _send_later(
+        self,
+        exchange: Exchange,
+        request: Request,
+        message: Message,
+        runtime: Runtime,
+        placed: list[Candidate] | Denial | None,
+    ) -> Sent | Denial | None:
         if placed is None:
             placed = await self._placing.when_full(exchange, runtime, request, message)
         if placed is None or isinstance(placed, Denial):
             return placed
         return await self._sending.send(exchange, request, message, placed, runtime)
 
-    async def _answer_whole(self, exchange: Exchange, request: Request, sent: Sent, runtime: Runtime) -> None:
-        reply, body = sent.reply, sent.body
-        if body is None:
-            body = await read_whole(exchange, reply, runtime.response_bytes)
+    def _answer_whole(self, exchange: Exchange, request: Request, reply: Reply, body: bytes) -> None:
         self._settler.price(exchange)
         headers = relayed_headers(exchange, reply)
         if reply.status >= 400 and is_foreign_error(exchange, reply, body):
@@ -225,6 +254,16 @@ class Pipeline:
     def _refuse(self, exchange: Exchange, request: Request, denial: Denial) -> None:
         exchange.ended = "denied"
         exchange.error_kind = denial.code
+        self._answer(exchange, request, denial_answer(denial, exchange.dialect.family, exchange.request_id))
+
+    def _decline(self, exchange: Exchange, request: Request, denial: Denial | None) -> None:
+        """None: it is answered already, as what it repeats or as a job of the queue."""
+        if denial is not None:
+            self._refuse(exchange, request, denial)
+
+    def _fail_invalid(self, exchange: Exchange, request: Request, refusal: Refusal) -> None:
+        exchange.ended = "invalid"
+        denial = Denial(refusal.status, refusal.code, refusal.message, refusal.param)
         self._answer(exchange, request, denial_answer(denial, exchange.dialect.family, exchange.request_id))
 
     def _fail_upstream(self, exchange: Exchange, request: Request, error: UpstreamError) -> None:

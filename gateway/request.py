@@ -44,7 +44,6 @@ class Request:
     """One request and its answer. The answer methods do nothing once the client is gone or the answer has ended."""
 
     __slots__ = (
-        "_body",
         "_body_refusal",
         "_body_waiter",
         "_connection",
@@ -55,6 +54,7 @@ class Request:
         "_keeps_alive",
         "_pause",
         "_resume",
+        "body_here",
         "headers",
         "is_finished",
         "is_gone",
@@ -83,7 +83,7 @@ class Request:
         self._is_http11 = head.is_http11
         self._keeps_alive = head.keeps_alive
         self._expects_continue = head.expects_continue
-        self._body: bytes | None = None
+        self.body_here: bytes | None = None  # all of it, as sent; None: `body` is to be awaited
         self._body_refusal: Refusal | None = None
         self._body_waiter: asyncio.Future[bytes] | None = None
         self._is_chunked = False
@@ -96,8 +96,8 @@ class Request:
 
     async def body(self) -> bytes:
         """The whole body as sent (not decompressed). Raises Refusal: too large, too slow, malformed."""
-        if self._body is not None:
-            return self._body
+        if self.body_here is not None:
+            return self.body_here
         if self._body_refusal is not None:
             raise self._body_refusal
         if self._body_waiter is None:
@@ -107,7 +107,7 @@ class Request:
 
     def replace_body(self, body: bytes, content_type: bytes) -> None:
         """From now on this is what was sent: as it is, and whole."""
-        self._body = body
+        self.body_here = body
         self.headers = {**self.headers, b"content-type": content_type}
         self.headers.pop(b"content-encoding", None)
 
@@ -218,7 +218,7 @@ class Request:
 
     def body_ended(self, body: bytes) -> None:
         """For the connection: the body is complete."""
-        self._body = body
+        self.body_here = body
         if self._body_waiter is not None and not self._body_waiter.done():
             self._body_waiter.set_result(body)
 

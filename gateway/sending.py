@@ -8,6 +8,7 @@ here, and a stream counts as an answer with its first byte. Refuses to know how 
 import asyncio
 import random
 import time
+from time import perf_counter
 from typing import Final, NamedTuple
 
 import msgspec
@@ -16,7 +17,7 @@ from backends.adapter import Edits, Encoded, encode, head
 from backends.errors import LOAD_STATUSES, UpstreamError
 from backends.kv_transfer import to_collect
 from backends.orca import HEADER
-from backends.pool import Endpoint
+from backends.pool import Endpoint, Pool
 from backends.retry_after import retry_after_s
 from backends.transport import Reply
 from gateway.inbound import Request
@@ -28,6 +29,7 @@ from gateway.settle import Settler
 from policies.engine_priority import prioritised, with_priority
 from policies.exchange import Exchange
 from policies.health.book import HealthBook
+from policies.health.endpoint import Attempt
 from policies.placement.place import take
 from policies.placement.saturation import has_room
 from policies.retry import KEY_STATUSES, RETRYABLE_STATUSES, RetryBudget, backoff_s, may_retry
@@ -58,6 +60,7 @@ class _Course(msgspec.Struct):
 
     candidates: list[Candidate]
     began_at: float
+    now: float  # when the attempt under way began
     tries: int = 0
     tried: list[Endpoint] = []
     handover: Handover | None = None  # the prompt, computed by another engine
@@ -83,8 +86,9 @@ class Sending:
     ) -> Sent:
         """The first good answer, else the last bad one. UpstreamError if the last attempt brought none."""
         candidate = candidates[0]
-        course = _Course(candidates, time.perf_counter())
-        self._budget(candidate).count(course.began_at)
+        now = perf_counter()
+        course = _Course(candidates, now, now)
+        self._budget(candidate).count(now)
         while True:
             course.tries += 1
             key = candidate.endpoint.api_key
@@ -95,6 +99,7 @@ class Sending:
             except UncollectedError as uncollected:
                 # Once, and to the same endpoint: nothing says that it is ill.
                 self._be_plain(exchange, uncollected.status, course)
+                course.now = perf_counter()
                 continue
             except UpstreamError as error:
                 failure = error
@@ -115,6 +120,7 @@ class Sending:
                 exchange.place_reason = "retry" if following.target is candidate.target else "fallback"
                 await asyncio.sleep(backoff_s(course.tries, random.random()))  # noqa: S311 - only jitter, no secret
             candidate = following
+            course.now = perf_counter()
 
     async def _attempt(
         self,
@@ -125,64 +131,55 @@ class Sending:
         runtime: Runtime,
         course: _Course,
     ) -> Sent:
-        endpoint = candidate.endpoint
+        endpoint, target = candidate.endpoint, candidate.target
         exchange.attempts += 1
         exchange.candidate = candidate
-        exchange.sent_at = now = time.perf_counter()
-        exchange.hold = take(exchange, candidate, now)
-        edits = _edits(exchange, candidate, runtime)
+        exchange.sent_at = now = course.now
+        exchange.hold = hold = take(exchange, candidate, now)
+        edits = exchange.edits if target.pool.is_plain else _edits(exchange, target.pool, runtime)
         handover: Handover | None = None
-        if candidate.target.prefillers is not None:
-            handover = await self._prefill(exchange, request, message, runtime, course)
-            exchange.sent_at = now = time.perf_counter()
-            if handover is not None:
-                edits = to_collect(handover.params, edits)
-        health = runtime.health.of(endpoint)
-        if health is not None:
-            exchange.attempt = health.attempt(now, LEAST_WORK_TOKENS + endpoint.uncached_tokens)
-        deadlines = candidate.target.deadlines or endpoint.deadlines
-        if course.tried or candidate.target.prefillers is not None:
+        deadlines = target.deadlines or endpoint.deadlines
+        if course.tried or target.prefillers is not None:
+            if target.prefillers is not None:
+                handover = await self._prefill(exchange, request, message, runtime, course)
+                exchange.sent_at = now = perf_counter()
+                if handover is not None:
+                    edits = to_collect(handover.params, edits)
             # A request's whole time is for all of its attempts together.
             deadlines = deadlines._replace(total_s=deadlines.total_s - (now - course.began_at))
+        health = runtime.health.of(endpoint)
+        attempt: Attempt | None = None
+        if health is not None:
+            attempt = health.attempt(now, LEAST_WORK_TOKENS + endpoint.uncached_tokens)
+        exchange.attempt = attempt
         encoded = _encode(exchange, candidate, message, edits)
-        start = head(
-            endpoint,
-            request.method,
-            message.path or endpoint.provider.paths[exchange.dialect.name],
-            request.headers,
-            len(encoded.body),
-            exchange.request_id,
-            message.content_type,
-        )
-        if candidate.target.pool.priority:
-            start = with_priority(start, exchange, candidate.target.pool)
-        start = start if endpoint.orca is None else endpoint.orca.ask(start, now)
-        self._open(exchange)
+        start = _head(exchange, request, message, candidate, len(encoded.body))
+        if not exchange.dispatched_at:
+            self._open(exchange)
         if handover is None:
             reply = await endpoint.connections.send(start, encoded.body, deadlines)
         else:
             call = (start, encoded.body, deadlines)
             reply = await self.prefilling.collect(exchange, request, message, handover, call)
-        exchange.status = reply.status
-        exchange.first_byte_at = now = time.perf_counter()
-        exchange.hold.prefilled()
+        exchange.status = status = reply.status
+        exchange.first_byte_at = now = perf_counter()
+        hold.prefilled()
         if endpoint.orca is not None:
             endpoint.orca.heed(endpoint, reply.header(HEADER), now)
-        if exchange.attempt is not None:
-            exchange.attempt.heard(now)
-        if reply.status >= 400 or is_stream(reply):
-            return Sent(reply, encoded.strips_usage, is_stream=reply.status < 400)
+        if attempt is not None:
+            attempt.heard(now)
+        if status >= 400 or is_stream(reply):
+            return Sent(reply, encoded.strips_usage, is_stream=status < 400)
         body = take_whole(exchange, reply, runtime.response_bytes)
         if body is None:
             body = await read_whole(exchange, reply, runtime.response_bytes)
-        if exchange.attempt is not None and exchange.usage is not None:
-            exchange.attempt.add_work(_TOKEN_WORK * exchange.usage.output_tokens)
+        if attempt is not None and exchange.usage is not None:
+            attempt.add_work(_TOKEN_WORK * exchange.usage.output_tokens)
         return Sent(reply, encoded.strips_usage, body)
 
     def _open(self, exchange: Exchange) -> None:
-        if not exchange.dispatched_at:
-            exchange.dispatched_at = time.perf_counter()
-            self._settler.open(exchange)
+        exchange.dispatched_at = perf_counter()
+        self._settler.open(exchange)
 
     async def _prefill(
         self, exchange: Exchange, request: Request, message: Message, runtime: Runtime, course: _Course
@@ -192,8 +189,9 @@ class Sending:
         assert candidate is not None
         handover = course.handover
         if not course.is_plain and (handover is None or not handover.is_good(candidate.target.pool)):
-            self._open(exchange)
-            edits = _edits(exchange, candidate, runtime)
+            if not exchange.dispatched_at:
+                self._open(exchange)
+            edits = _edits(exchange, candidate.target.pool, runtime)
             handover = await self.prefilling.prefill(exchange, request, message, runtime, edits)
         course.handover = handover
         course.is_plain = handover is None
@@ -203,7 +201,7 @@ class Sending:
 
     def _be_plain(self, exchange: Exchange, status: int, course: _Course) -> None:
         """What was computed elsewhere is of no use: the next attempt is an ordinary one."""
-        self._settler.waste(exchange, status, time.perf_counter())
+        self._settler.waste(exchange, status, perf_counter())
         self._settler.attempt_failed(exchange, status)
         if exchange.attempt is not None:
             exchange.attempt.abandoned()
@@ -220,7 +218,7 @@ class Sending:
         course: _Course,
     ) -> Candidate | None:
         """Holds a failed attempt against whom it concerns; where the next one goes, None: nowhere."""
-        now = time.perf_counter()
+        now = perf_counter()
         failed = exchange.candidate
         assert failed is not None
         endpoint = failed.endpoint
@@ -319,9 +317,8 @@ def _is_the_apis(reply: Reply) -> bool:
     return (reply.header(b"content-type") or b"").lstrip().lower().startswith(b"application/json")
 
 
-def _edits(exchange: Exchange, candidate: Candidate, runtime: Runtime) -> Edits | None:
+def _edits(exchange: Exchange, pool: Pool, runtime: Runtime) -> Edits | None:
     """What is changed in the body, whoever asked for it."""
-    pool = candidate.target.pool
     edits = salted(exchange, runtime.session_secret) if pool.is_salted else exchange.edits
     return prioritised(exchange, edits, pool) if pool.priority else edits
 
@@ -337,3 +334,21 @@ def _encode(exchange: Exchange, candidate: Candidate, message: Message, edits: E
         is_stream=exchange.is_stream,
         edits=edits,
     )
+
+
+def _head(
+    exchange: Exchange, request: Request, message: Message, candidate: Candidate, body_bytes: int
+) -> bytes:
+    endpoint, pool = candidate.endpoint, candidate.target.pool
+    start = head(
+        endpoint,
+        request.method,
+        message.path or endpoint.provider.paths[exchange.dialect.name],
+        request.headers,
+        body_bytes,
+        exchange.request_id,
+        message.content_type,
+    )
+    if pool.priority:
+        start = with_priority(start, exchange, pool)
+    return start if endpoint.orca is None else endpoint.orca.ask(start, exchange.sent_at)
