@@ -204,11 +204,14 @@ def _parallel(spec: VllmConfig, seat: Seat) -> Iterator[str]:
         yield from ("--tensor-parallel-size", str(spec.tensor_parallel_size))
     if spec.pipeline_parallel_size > 1:
         yield from ("--pipeline-parallel-size", str(spec.pipeline_parallel_size))
+    yield from _option("--distributed-executor-backend", spec.distributed_executor_backend)
     if data.size == 1:
         return
     yield from ("--data-parallel-size", str(data.size))
-    if data.backend != "mp":
+    if data.backend == "ray":
         yield from ("--data-parallel-backend", data.backend)
+        yield from _option("--data-parallel-size-local", data.here)
+        yield from _option("--data-parallel-address", data.address)
     if data.mode == "external":
         if seat.size_local == 1:
             yield from ("--data-parallel-rank", str(seat.start_rank))

@@ -117,7 +117,7 @@ def process_env(plan: ReplicaPlan, environ: Mapping[str, str]) -> dict[str, str]
 
 def assign_gpus(name: str, spec: VllmConfig, slot: int, site: Site) -> tuple[Gpu, ...]:
     """The GPUs of one slot: its part of the list, or the first that are free. PlanError when there are too few."""
-    if spec.gpus == "none":
+    if spec.gpus == "none" or not spec.gpus_per_replica:
         return ()
     if not site.machine.gpus:
         raise PlanError(
@@ -238,6 +238,14 @@ def _endpoints(spec: VllmConfig, seat: Seat) -> Iterator[EngineEndpoint]:
             kv_events=_of_rank(seat.kv_events, rank),
             kv_replay=_of_rank(seat.kv_replay, rank),
         )
+    if data.backend == "ray":
+        # Those that Ray puts elsewhere are behind the same address. Their sockets cannot be reached from here.
+        for rank in range(seat.size_local, data.size):
+            name, address = (
+                spec.endpoint_name(seat.name, rank),
+                f"http://{_bracketed(seat.host)}:{seat.port}/v1",
+            )
+            yield EngineEndpoint(name=name, base_url=address, rank=rank, engine=str(rank))
 
 
 def _bracketed(host: str) -> str:
@@ -325,6 +333,10 @@ def _notes(spec: VllmConfig, replica: ReplicaPlan) -> Iterator[str]:
         yield f"no preset has this name; its architecture is that of {model.alike.name} (set preset: {model.alike.name})"
     elif spec.preset is None:
         yield "no preset has this name: without tool_parser and reasoning_parser, answers are plain text"
+    if "ray" in (spec.distributed_executor_backend, spec.data_parallel.backend):
+        yield "Ray's cluster has to be there first: `ray start --head` here, `ray start --address HERE:6379` on the others"
+    if spec.scale is not None and spec.scale.max > spec.slots:
+        yield f"may grow to {spec.scale.max} replicas, for which GPUs are set aside"
     if spec.expert_parallel is not None and spec.mixture_of_experts is None and model.is_moe is None:
         yield "it is not known whether the model is a mixture of experts; vLLM refuses expert_parallel if not"
     if memory.available_bytes and memory.weights_bytes > memory.available_bytes:

@@ -45,7 +45,6 @@ TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
 }
 _POLL_S: Final = 0.5
 _DRAIN_POLL_S: Final = 0.2
-_KILL_S: Final = 5.0  # beyond the time a process may take to end by itself
 _GONE_S: Final = 10.0  # after SIGKILL: only one that the kernel holds takes longer
 _JITTER: Final = 0.2
 
@@ -384,7 +383,7 @@ class Replica:
         if not self._has_exited and not at_once:
             await process.observe()
             process.terminate()
-            await self._exited_within(self.plan.stop_timeout_s + _KILL_S)
+            await self._exited_within(self.plan.stop_timeout_s)
         while not self._has_exited:
             process.kill()
             if not await self._exited_within(_GONE_S):

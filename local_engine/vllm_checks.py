@@ -40,11 +40,17 @@ def spec_problems(spec: VllmConfig, model: Model) -> Iterator[SpecProblem]:
     yield from _parallel_problems(spec, model, is_moe=is_moe)
     yield from _expert_problems(spec, model, is_moe=is_moe)
     yield from _scheduling_problems(spec)
+    yield from _scale_problems(spec)
     yield from _feature_problems(spec, model)
     yield from _address_problems(spec)
 
 
 def _gpu_problems(spec: VllmConfig) -> Iterator[SpecProblem]:
+    if spec.distributed_executor_backend == "ray" and spec.gpus != "auto":
+        yield SpecProblem(
+            ("gpus",), "Ray gives out the GPUs (distributed_executor_backend: ray): leave it out"
+        )
+        return
     if not isinstance(spec.gpus, tuple):
         return
     needed = spec.slots * spec.gpus_per_replica
@@ -166,6 +172,21 @@ def _scheduling_problems(spec: VllmConfig) -> Iterator[SpecProblem]:
         yield SpecProblem(
             ("max_num_batched_tokens",),
             f"must hold a whole prompt (max_model_len {longest}) when chunked_prefill is false",
+        )
+
+
+def _scale_problems(spec: VllmConfig) -> Iterator[SpecProblem]:
+    scale, roles = spec.scale, spec.roles
+    if scale is None:
+        return
+    if scale.zero == "sleep" and not spec.sleep_mode:
+        yield SpecProblem(("scale", "zero"), "sleep needs sleep_mode: true; without it, engines stop")
+    fewest = min([scale.min, *(entry.min for entry in scale.schedule if entry.min is not None)])
+    if roles is not None and fewest <= roles.prefill:
+        yield SpecProblem(
+            ("scale", "min"),
+            f"with roles, the first {roles.prefill} only compute prompts, and somebody must answer: {roles.prefill + 1} or "
+            "more, at any time",
         )
 
 

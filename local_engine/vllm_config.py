@@ -20,6 +20,11 @@ _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OWN_FLAGS: Final = frozenset(
     {"--model", "--host", "--port", "--api-key", "--served-model-name", "--data-parallel-rank", "--headless"}
 )
+_OWN_VARIABLES: Final = {
+    "VLLM_API_KEY": "a key of your own is the pool's api_key",
+    "CUDA_VISIBLE_DEVICES": "gpus says which",
+    "VLLM_NIXL_SIDE_CHANNEL_PORT": "it follows port",
+}
 
 
 def _gpus(value: Any) -> Any:
@@ -41,6 +46,8 @@ def _gpus(value: Any) -> Any:
 def _variable(name: str) -> str:
     if not _VARIABLE.fullmatch(name):
         raise ValueError(f'"{name}" is not the name of an environment variable')
+    if name in _OWN_VARIABLES:
+        raise ValueError(f"is set by Headgate: {_OWN_VARIABLES[name]}")
     return name
 
 
@@ -102,11 +109,15 @@ class DataParallelConfig(Section):
     """Other machines that hold ranks; those left of `size` run here. Their part is not started by Headgate:
     `headgate engine plan` prints it."""
     backend: Literal["mp", "ray"] = "mp"
-    """`ray`: Ray starts the ranks, on this machine and others."""
+    """`ray`: Ray starts the ranks, on this machine and others of its cluster, which has to be there."""
+    here: Count | None = None
+    """With `backend: ray`: ranks on this machine, when Ray puts others elsewhere; null: all."""
 
     @property
     def size_local(self) -> int:
         """Ranks on this machine."""
+        if self.here is not None:
+            return min(self.here, self.size)
         return self.size - sum(node.size_local for node in self.nodes)
 
     @model_validator(mode="after")
@@ -120,6 +131,15 @@ class DataParallelConfig(Section):
             raise ValueError("address: is needed with nodes, which report to this machine")
         if self.nodes and self.backend == "ray":
             raise ValueError("nodes: Ray knows its machines itself; leave nodes out, or set backend: mp")
+        if self.here is not None and (self.backend != "ray" or self.here > self.size):
+            raise ValueError(
+                f"here: is for backend: ray, and at most size ({self.size}); other machines of vLLM's own are nodes"
+            )
+        if self.backend == "ray" and self.size == 1:
+            raise ValueError(
+                "backend: with one rank there is nothing for Ray to place; raise size, or let Ray place the workers of "
+                "the one with distributed_executor_backend: ray"
+            )
         if self.mode == "external" and any(node.size_local != self.size_local for node in self.nodes):
             raise ValueError("nodes: in external mode every machine has the same number of ranks")
         return self
@@ -238,6 +258,9 @@ class VllmConfig(Section):
     """GPUs that share each layer."""
     pipeline_parallel_size: Count = 1
     """Groups of GPUs that take turns, each with some of the layers."""
+    distributed_executor_backend: Literal["mp", "ray"] | None = None
+    """`ray`: the GPUs of tensor and pipeline parallel are those of a Ray cluster, of which this machine is one, and Ray
+    gives them out; null: vLLM's choice, on this machine."""
     data_parallel: DataParallelConfig = DataParallelConfig()
     """Ranks with a cache of their own inside one replica."""
     expert_parallel: ExpertParallelConfig | None = None
@@ -332,7 +355,9 @@ class VllmConfig(Section):
 
     @property
     def gpus_per_replica(self) -> int:
-        """Devices that one replica has on this machine."""
+        """Devices that one replica has on this machine; 0: Ray gives them out."""
+        if self.distributed_executor_backend == "ray":
+            return 0
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel.size_local
 
     def endpoint_name(self, replica: str, rank: int) -> str:

@@ -2,7 +2,8 @@
 
 Owns the numbers, and that no client jumps the queue inside an engine by naming one itself. In vLLM a lower number runs
 earlier, and a request that says nothing is 0 (`--scheduling-policy priority`; with any other policy it refuses all but
-0, so nothing is said to a pool that does not schedule so). Jobs of the queue, flex and batch, are of the class bulk.
+0, so nothing is said to a pool that does not schedule so). Of the class bulk are flex requests, jobs of the queue, and
+keys that say so; inside an engine a batch's jobs are behind these, too.
 """
 
 from typing import Final
@@ -19,9 +20,10 @@ _BODIES: Final = frozenset({"chat", "completions", "responses", "embeddings"})
 _BY_HEADER: Final = "messages"
 
 
-def engine_priority(place: int) -> int:
-    """Of the class at this place in `policies.placement.priority.PRIORITIES`: system -20, interactive -10, default 0, bulk 10."""
-    return _STEP * (place - DEFAULT)
+def engine_priority(place: int, *, is_batch: bool = False) -> int:
+    """Of the class at this place in `policies.placement.priority.PRIORITIES`: system -20, interactive -10, default 0, bulk 10,
+    and 20 for a batch's jobs."""
+    return _STEP * (place - DEFAULT + is_batch)
 
 
 def prioritised(exchange: Exchange, edits: Edits | None, pool: Pool) -> Edits | None:
@@ -32,7 +34,7 @@ def prioritised(exchange: Exchange, edits: Edits | None, pool: Pool) -> Edits | 
     is_asked = _FIELD in document.values
     if (is_asked and pool.priority == "client") or (edits is not None and _FIELD in edits.sets):
         return edits
-    number = engine_priority(exchange.priority)
+    number = engine_priority(exchange.priority, is_batch=exchange.is_batch)
     if not number and not is_asked:
         return edits  # what saying nothing means
     member = b'"%b":%d' % (_FIELD.encode(), number)
@@ -45,4 +47,5 @@ def with_priority(head: bytes, exchange: Exchange, pool: Pool) -> bytes:
     """A request head with the class in it, where the body has no place for it."""
     if not pool.priority or exchange.dialect.name != _BY_HEADER:
         return head
-    return b"%bx-vllm-priority: %d\r\n\r\n" % (head.removesuffix(b"\r\n"), engine_priority(exchange.priority))
+    number = engine_priority(exchange.priority, is_batch=exchange.is_batch)
+    return b"%bx-vllm-priority: %d\r\n\r\n" % (head.removesuffix(b"\r\n"), number)

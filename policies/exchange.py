@@ -82,6 +82,7 @@ class Exchange(msgspec.Struct):
     caller: Caller | None = None
     tags: tuple[str, ...] = ()
     is_async: bool = False  # through the queue: at the model's price for that
+    is_batch: bool = False  # of the queue's class `batch`: behind all others inside an engine
     is_shadow: bool = False  # a copy of another request: nobody waits for its answer, no caller pays
     # read
     read_at: float = 0.0

@@ -168,6 +168,9 @@ def _print(plans: list[PoolPlan], machine: Machine) -> None:
     console.print(
         f"This machine: {gpus}, {machine.cpus} cores, {machine.memory_bytes / _GIB:.0f} GiB of memory."
     )
+    console.print(
+        "Ports are free ones, and others at each start, unless a pool's `port` says which.", soft_wrap=True
+    )
     for plan in plans:
         console.print(
             f"\n[bold]{escape(plan.name)}[/] serves {escape(', '.join(plan.models))}", highlight=False
@@ -186,7 +189,8 @@ def _print(plans: list[PoolPlan], machine: Machine) -> None:
 def _print_replica(console: Console, replica: ReplicaPlan) -> None:
     role = "" if replica.role == "both" else f" ({replica.role})"
     console.print(f"\n  [bold]{escape(replica.name)}[/]{role}", highlight=False, soft_wrap=True)
-    where = ", ".join(f"{gpu.index} {gpu.name} {gpu.uuid}" for gpu in replica.gpus) or "the CPU"
+    elsewhere = "GPUs that Ray gives it" if "ray" in replica.argv else "the CPU"
+    where = ", ".join(f"{gpu.index} {gpu.name} {gpu.uuid}" for gpu in replica.gpus) or elsewhere
     console.print(f"    on       {escape(where)}", highlight=False, soft_wrap=True)
     for endpoint in replica.endpoints:
         rank = "" if endpoint.rank is None else f", rank {endpoint.rank}"

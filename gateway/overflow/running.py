@@ -170,6 +170,7 @@ class Runner:
             return Denial(403 if found == "blocked" else 401, f"key_{found}", PROBLEMS[found])
         exchange.caller = found
         exchange.is_async = run.job.door != "held"
+        exchange.is_batch = run.job.job_class == "batch"
         headers = decode_headers(run.claimed.headers)
         try:
             message = fill(exchange, headers, run.claimed.body, runtime)

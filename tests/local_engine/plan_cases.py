@@ -80,6 +80,16 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "ranks-ray": {"model": MOE, "data_parallel": {"size": 2, "backend": "ray"}},
+    "ranks-ray-elsewhere": {
+        "model": MOE,
+        "data_parallel": {"size": 4, "backend": "ray", "here": 2, "address": "10.0.0.5"},
+    },
+    "workers-ray": {
+        "model": "moonshotai/Kimi-K2-Instruct",
+        "tensor_parallel_size": 8,
+        "pipeline_parallel_size": 2,
+        "distributed_executor_backend": "ray",
+    },
     "experts-tensor": {"model": MOE, "tensor_parallel_size": 2, "expert_parallel": {}},
     "experts-wide": {
         "model": "moonshotai/Kimi-K2-Instruct",

@@ -190,7 +190,7 @@ async def test_one_that_does_not_end_is_killed_and_killed_again():
     async with running(world, world.replica(a_plan(stop_timeout_s=20))) as replica:
         await world.until(lambda: replica.state == "ready")
         replica.want("stopped")
-        await world.clock.advance(24)
+        await world.clock.advance(19)
         assert world.processes[0].signals == ["TERM"]
         await world.clock.advance(2)
         assert world.processes[0].signals == ["TERM", "KILL"]

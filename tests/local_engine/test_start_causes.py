@@ -20,7 +20,7 @@ RECORDED = {
     "heads_not_divisible": ("bad_setting", "must be divisible by tensor parallel size (3)."),
     "sleep_unsupported": ("bad_setting", "Sleep mode is not supported on current platform."),
     "no_vllm": ("no_vllm", "headgate[vllm]"),
-    "broken_command": ("no_vllm", "No package metadata was found for vllm"),
+    "broken_command": ("cpu_command", "local_engine/vllm_cpu.py, serve]"),
     "unknown_parser": ("unknown", "invalid tool call parser: nonsense"),
 }
 # As their sources have them; there is no GPU to record them on.
@@ -47,7 +47,8 @@ QUOTED = {
     "torch._inductor.exc.InductorError: InvalidCxxCompiler: No working C++ compiler found": "no_compiler",
     "OSError: [Errno 28] No space left on device": "no_disk",
     "ModuleNotFoundError: No module named 'vllm'": "no_vllm",
-    "cannot start vllm: No such file or directory": "no_command",
+    "cannot start vllm: No such file or directory": "no_vllm",
+    "cannot start /opt/engine: Permission denied": "no_command",
 }
 
 

@@ -154,6 +154,22 @@ async def test_a_pool_grows_and_shrinks_without_touching_who_stays():
             supervisor.scale("gpu", 4)
 
 
+async def test_a_pool_is_not_scaled_to_those_that_answer_nobody():
+    world = World()
+    order = an_order(3)
+    plans = tuple(
+        dataclasses.replace(plan, role=role)
+        for plan, role in zip(order.plans, ("prefill", "prefill", "decode"), strict=True)
+    )
+    async with supervising(world, gpu=order._replace(plans=plans)) as supervisor:
+        await until_ready(world, supervisor, 3)
+        for few in (1, 2):
+            with pytest.raises(SupervisorError, match="nobody would answer"):
+                supervisor.scale("gpu", few)
+        supervisor.scale("gpu", 0)
+        await world.until(lambda: states(supervisor) == ["planned"] * 3)
+
+
 async def test_slots_come_and_go_with_the_configuration():
     world = World()
     async with supervising(world, gpu=an_order(1)) as supervisor:

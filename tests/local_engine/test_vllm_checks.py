@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from pydantic import ValidationError
 
 from local_engine.planning import model_of
 from local_engine.vllm_checks import preset_problem, spec_problems
@@ -34,6 +35,7 @@ REFUSED = [
         "expert_parallel.eplb",
         "needs GPUs",
     ),
+    ({"gpus": [0, 1], "distributed_executor_backend": "ray"}, "gpus", "leave it out"),
     ({"tensor_parallel_size": 3}, "tensor_parallel_size", "32 attention heads: 1, 2, 4, 8, 16, 32"),
     ({"data_parallel": {"mode": "external"}}, "data_parallel.mode", "raise data_parallel.size"),
     ({"data_parallel": {"size": 4, "mode": "external"}, "replicas": 2}, "data_parallel.mode", "replicas: 8"),
@@ -79,6 +81,16 @@ REFUSED = [
         "max_num_batched_tokens",
         "must hold a whole prompt (max_model_len 4096)",
     ),
+    ({"scale": {"min": 0, "max": 2, "zero": "sleep"}}, "scale.zero", "needs sleep_mode: true"),
+    ({"roles": {"prefill": 2}, "scale": {"min": 2, "max": 4}}, "scale.min", "3 or more"),
+    (
+        {
+            "roles": {},
+            "scale": {"min": 2, "max": 4, "schedule": [{"start": "20:00", "end": "06:00", "min": 1}]},
+        },
+        "scale.min",
+        "2 or more, at any time",
+    ),
     ({"roles": {}, "replicas": 2}, "replicas", "roles.prefill and roles.decode"),
     ({"roles": {}, "kv_offload": {"size_gib": 1}}, "kv_offload", "choose one of the two"),
     ({"speculative": {"method": "eagle3", "num_speculative_tokens": 3}}, "speculative.model", "is needed"),
@@ -99,6 +111,23 @@ def test_what_cannot_work_is_refused_with_what_to_change(settings, path, advice)
     found = said(**settings)
     assert path in found, found
     assert advice in found[path]
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"env": {"VLLM_API_KEY": "k"}}, "is the pool's api_key"),
+        ({"env": {"CUDA_VISIBLE_DEVICES": "1"}}, "gpus says which"),
+        ({"data_parallel": {"size": 4, "here": 2}}, "here: is for backend: ray"),
+        ({"data_parallel": {"size": 4, "backend": "ray", "here": 5}}, "at most size"),
+        ({"data_parallel": {"backend": "ray"}}, "distributed_executor_backend: ray"),
+        ({"data_parallel": {"size": 4, "backend": "ray", **TWO_NODES}}, "Ray knows its machines itself"),
+    ],
+    ids=lambda value: json.dumps(value)[:60],
+)
+def test_what_contradicts_itself_is_refused_with_what_to_say_instead(settings, advice):
+    with pytest.raises(ValidationError, match=advice):
+        VllmConfig.model_validate({"model": DENSE, **settings})
 
 
 @pytest.mark.parametrize("name", CASES)

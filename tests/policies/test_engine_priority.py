@@ -26,6 +26,15 @@ def test_a_higher_class_has_a_lower_number_and_the_usual_one_is_what_vllm_takes_
     assert [engine_priority(place) for place in range(len(PRIORITIES))] == [-20, -10, 0, 10]
 
 
+def test_a_batch_is_behind_what_is_flex():
+    pool, batch = Pool("p", (), priority="class"), asked("bulk")
+    batch.is_batch = True
+    assert (said(prioritised(asked("bulk"), None, pool)), said(prioritised(batch, None, pool))) == (10, 20)
+    batch = asked("bulk", MESSAGES)
+    batch.is_batch = True
+    assert b"\r\nx-vllm-priority: 20\r\n" in with_priority(HEAD, batch, pool)
+
+
 @pytest.mark.parametrize("dialect", [CHAT, RESPONSES, EMBEDDINGS], ids=lambda dialect: dialect.name)
 def test_the_class_of_a_request_is_in_its_body(dialect):
     assert said(prioritised(asked("interactive", dialect), None, Pool("p", (), priority="class"))) == -10

@@ -12,6 +12,7 @@ from gateway.overflow.job import Claimed, Job, Lease
 from gateway.overflow.running import LONGEST_RETRY_S, Run, Runner, failure_of, read_row
 from gateway.overflow.stand_in import Transcript, read_head_event, stand_in
 from gateway.overflow.store import LeaseLostError
+from policies.engine_priority import engine_priority
 from policies.exchange import Caller, Exchange
 from tests.mutants import drawing as mutants
 
@@ -132,6 +133,7 @@ class _Service:
 
     def __init__(self, ends):
         self.concluded, self.wasted, self.outcomes, self.ends = [], [], [], ends
+        self.priorities = []
         settler = SimpleNamespace(
             conclude=lambda exchange, _: self.concluded.append((exchange.cost_nanousd, exchange.usage)),
             note_waste=lambda _, waste: self.wasted.append(waste.reason),
@@ -145,6 +147,7 @@ class _Service:
         self.runner = Runner(self, self._handle, settler, lambda: runtime, lambda _: None)
 
     async def _handle(self, request, exchange, provider, message):
+        self.priorities.append(engine_priority(exchange.priority, is_batch=exchange.is_batch))
         endpoint = SimpleNamespace(name="e")
         target = SimpleNamespace(pool=SimpleNamespace(name="p"))
         exchange.candidate = SimpleNamespace(endpoint=endpoint, target=target)
@@ -158,8 +161,8 @@ class _Service:
         self.outcomes.append(outcome)
         return self.ends()
 
-    async def run(self):
-        made = job()
+    async def run(self, **changes):
+        made = job(**changes)
         claimed = Claimed(
             job=made, lease=Lease(made.id, 1, "w"), body=b'{"model": "m", "messages": []}', headers=b"", caller=b"",
             reservation=b"", carried=b"", is_solitary=False,
@@ -176,6 +179,13 @@ async def test_what_the_store_has_taken_is_billed_under_the_jobs_id():
     assert (outcome.units, outcome.cost_nanousd, outcome.usage) == (15, 1000, b'{"total_tokens": 15}')
     assert service.concluded == [(1000, Usage(10, 0, 0, 0, 5))]
     assert not service.wasted
+
+
+async def test_engines_are_told_that_a_batch_waits_for_what_is_flex():
+    service = _Service(lambda: job(state="succeeded"))
+    for job_class in ("flex", "batch"):
+        await service.run(job_class=job_class)
+    assert service.priorities == [10, 20]
 
 
 def _lost():
