@@ -37,6 +37,7 @@ WORKERS = 2
 KILLS_PER_ROUND = 5
 BUDGET = {"scope": "team:tests", "usd": 1_000_000, "per": "ever"}
 _PATIENCE_S = 600.0
+_START_S = 300.0  # each of many, on a machine that may be busy with anything
 _TROUBLE = (aiohttp.ClientError, OSError, TimeoutError, asyncio.IncompleteReadError)
 
 
@@ -262,7 +263,7 @@ class QueueRun:
             gateway.kill()
             for pid in pids:
                 _kill(pid)
-        await asyncio.to_thread(gateway.start)
+        await asyncio.to_thread(gateway.start, _START_S)
 
     async def _ready(self, gateway: Gateway, least: int) -> list[int]:
         """Their process ids."""
