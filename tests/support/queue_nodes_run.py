@@ -10,18 +10,17 @@ from typing import Any
 
 from gateway.limits_config import LimitConfig
 from gateway.overflow.store import QueueStore
-from gateway.redis_config import RedisConfig
-from gateway.stores.queue_content import Content
-from gateway.stores.queue_redis import open_queue
 from tests.support.gateway_process import Gateway
 from tests.support.load import loaded_gateway
 from tests.support.nodes import NAMES, readings
 from tests.support.queue_checker import Billed
 from tests.support.queue_run import BUDGET, SUBMITTERS, QueueRun
+from tests.support.queue_stores import redis_queue
 from tests.support.redis_server import RedisServer
 
 _AGREE_S = 180.0
 _START_S = 300.0
+_OBSERVE_S = 60.0
 
 
 class NodesRun(QueueRun):
@@ -98,9 +97,8 @@ class NodesRun(QueueRun):
         )
 
     def _store(self) -> QueueStore:
-        """A third node, which has promised nothing."""
-        settings = RedisConfig(url=self._redis.url, node="observer")
-        return open_queue(settings, self._directory / "observer", Content())
+        """A third node, which has promised nothing, and has time."""
+        return redis_queue(self._redis, self._directory / "observer", tag="headgate", timeout_s=_OBSERVE_S)
 
     async def _agree(self) -> None:
         """Until both ledgers say the same of all jobs."""

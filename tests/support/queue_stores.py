@@ -57,13 +57,13 @@ class Servers:
 def redis_queue(
     server: RedisServer | str, directory: Path, clock: Clock | None = None, **settings: Any
 ) -> RedisQueueStore:
-    """A process's view; those of one `directory` are on one node. `server` may be its URL."""
+    """A process's view; those of one `directory` are on one node. `server` may be its URL, `tag` what its keys begin with."""
     timeout_s = settings.pop("timeout_s", 10.0)
     journal = Journal(directory, clocks=None if clock is None else clock.clocks)
     grace_s = settings.pop("grace_s", 0.0)
     now_us = None if clock is None else clock.now_us
     url = server if isinstance(server, str) else server.url
-    connection = RedisConnection(url, "t", timeout_s=timeout_s)
+    connection = RedisConnection(url, settings.pop("tag", "t"), timeout_s=timeout_s)
     node = QueueNode(connection, journal, grace_s=grace_s, now_us=now_us, **settings)
     return RedisQueueStore(node, Content())
 
