@@ -34,6 +34,7 @@ _SCRIPT: Final = Script("".join(Path(__file__).with_name(f"queue_{part}.lua").re
 _ANY_EPOCH: Final = "*"
 _TRIES: Final = 3
 _AT_ONCE: Final = 200
+_PAGES: Final = 10  # of so many promises, in one turn: more jobs may be accepted here than are run here
 _GROUP: Final = 64  # calls in one trip
 _RELEASED: Final = 500
 _NOT_THERE: Final = -1
@@ -100,6 +101,18 @@ class QueueNode:
         """Now and then: whether this is still the Redis it was, whether all was said, and what need not be kept any more."""
         self._epoch = ""
         await self._meet()
+        for _ in range(_PAGES):
+            await self._check_promises()
+            if not self._checked:
+                break
+        ids = await self.journal.ends_after(self._checked_end, _AT_ONCE)
+        self._checked_end = ids[-1] if len(ids) == _AT_ONCE else ""
+        if purged := await self._those("purged", ids):
+            await self.journal.purge(purged)
+        await self.journal.forget()
+
+    async def _check_promises(self) -> None:
+        """The next ones: of those that ended elsewhere nothing need be kept."""
         ids = await self.journal.promised(self._checked, _AT_ONCE)
         self._checked = ids[-1] if len(ids) == _AT_ONCE else ""
         if ids:
@@ -108,11 +121,6 @@ class QueueNode:
                 if packed:
                     await self._remember(job_row(packed))
             await self.journal.kept([each[0].decode() for each in ended])
-        ids = await self.journal.ends_after(self._checked_end, _AT_ONCE)
-        self._checked_end = ids[-1] if len(ids) == _AT_ONCE else ""
-        if purged := await self._those("purged", ids):
-            await self.journal.purge(purged)
-        await self.journal.forget()
 
     async def _remember(self, row: JobRow) -> None:
         """A sweep ended it, whoever's: it stays ended, whatever Redis loses."""

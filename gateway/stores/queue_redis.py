@@ -161,8 +161,14 @@ class RedisQueueStore:
     async def renew(self, leases: Sequence[Lease]) -> dict[str, State]:
         if not leases:
             return {}
+        known = set(self._leased)
         (found,) = await self._node.ask("renew", {"leases": [lease_words(each) for each in leases]})
-        return {job.decode(): state.decode() for job, state in zip(found[::2], found[1::2], strict=True)}
+        states: dict[str, State] = {
+            job.decode(): state.decode() for job, state in zip(found[::2], found[1::2], strict=True)
+        }
+        for job_id in known - states.keys():  # lost or given up; one that ends here all the same is asked for
+            self._leased.pop(job_id, None)
+        return states
 
     async def finish(self, lease: Lease, outcome: Outcome) -> Job:
         answer = await self._answer(lease, outcome.result)
@@ -204,6 +210,8 @@ class RedisQueueStore:
     async def release(self, leases: Sequence[Lease], retry_in_s: float = 0.0) -> list[str]:
         arguments = {"leases": [lease_words(each) for each in leases], "retry_in_s": retry_in_s}
         (found,) = await self._node.ask("release", arguments)
+        for lease in leases:
+            self._leased.pop(lease.job_id, None)
         return [each.decode() for each in found]
 
     async def owner_died(self, owner: str) -> int:

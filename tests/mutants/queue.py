@@ -7,11 +7,13 @@ from msgspec.structs import replace
 
 import gateway.stores.queue_jobs
 import gateway.stores.queue_moves
+import gateway.stores.queue_node
 import gateway.stores.queue_turns
 from gateway.overflow.settled_flow import SettledFlow
 from gateway.overflow.store import QueueStoreError
 from gateway.stores.queue_schema import job_rows
 from gateway.stores.queue_thread import StoreThread
+from gateway.stores.redis_connection import Script
 
 
 def fences_nobody() -> None:
@@ -21,6 +23,16 @@ def fences_nobody() -> None:
         return row.is_leased
 
     gateway.stores.queue_moves.is_held = gateway.stores.queue_jobs.is_held = is_held
+
+
+def fences_nobody_in_redis() -> None:
+    """The same."""
+    text, fence = (
+        gateway.stores.queue_node._SCRIPT.text,
+        " and row.fence == lease[2] and row.owner == lease[3]\nend",
+    )
+    assert fence in text
+    gateway.stores.queue_node._SCRIPT = Script(text.replace(fence, "\nend"))
 
 
 def acknowledges_before_the_commit() -> None:
@@ -104,5 +116,11 @@ def claims_what_is_leased() -> None:
 
 MUTANTS = {
     mutant.__name__: mutant
-    for mutant in (fences_nobody, acknowledges_before_the_commit, settles_twice, claims_what_is_leased)
+    for mutant in (
+        fences_nobody,
+        fences_nobody_in_redis,
+        acknowledges_before_the_commit,
+        settles_twice,
+        claims_what_is_leased,
+    )
 }

@@ -29,6 +29,8 @@ NEXT = {
 }
 
 
+# Why a job is in a state, where a node said so from its journal.
+RESTORED = "restored"
 _JOB = re.compile(r"(?:job|resp|batch)_[0-9a-z]+")
 
 
@@ -90,6 +92,7 @@ class Evidence:
     unsettled: int = 0  # rows that wait for the ledger
     now_time: float = 0.0
     is_told: bool = False  # whether somebody was there to be told
+    forgets: bool = False  # the store may have lost something: jobs are restored, and runs counted anew
 
 
 def transitions(job: Job) -> list[Transition]:
@@ -110,8 +113,10 @@ def faults(evidence: Evidence) -> list[str]:
     for job in evidence.jobs:
         found += _history(job)
         found += _ended_in_time(job, evidence.now_time)
-        found += _billed(job, evidence)
-        found += _run_once(job, runs.get(job.id, []), evidence)
+        found += _billed(job, evidence, has_begun=_has_begun(job) or (evidence.forgets and job.id in runs))
+        found += _run_as_asked(job, runs.get(job.id, []), evidence)
+        if not evidence.forgets:
+            found += _run_once(job, runs.get(job.id, []))
     if evidence.held:
         found.append(f"I8: {evidence.held} are still reserved")
     if evidence.unsettled:
@@ -178,7 +183,7 @@ def _history(job: Job) -> Iterator[str]:
     if len(ends) > 1:
         yield f"I2: {job.id} ended {len(ends)} times: {ends}"
     for before, after in itertools.pairwise(steps):
-        if after.state not in NEXT.get(before.state, set()):
+        if after.state not in NEXT.get(before.state, set()) and after.reason != RESTORED:
             yield f"I2: {job.id} went from {before.state} to {after.state}"
         if after.fence < before.fence:
             yield f"I7: {job.id}: the fence fell from {before.fence} to {after.fence}"
@@ -245,7 +250,11 @@ def _ledger_alone(evidence: Evidence, jobs: dict[str, Job]) -> Iterator[str]:
             yield f"I4: {job_id[0]} is in the ledger as {request_id}, too"
 
 
-def _billed(job: Job, evidence: Evidence) -> Iterator[str]:
+def _has_begun(job: Job) -> bool:
+    return any(step.state == "running" for step in transitions(job))
+
+
+def _billed(job: Job, evidence: Evidence, *, has_begun: bool) -> Iterator[str]:
     rows = [row for row in evidence.ledger if row.request_id == job.id]
     if job.state == "succeeded":
         due = evidence.prices.get(evidence.serials.get(job.id, -1))
@@ -255,15 +264,14 @@ def _billed(job: Job, evidence: Evidence) -> Iterator[str]:
             yield f"I4: {job.id} was billed {rows[0].cost_nanousd} instead of {due}"
         if due is not None and job.cost_nanousd != due:
             yield f"I4: {job.id} says that it cost {job.cost_nanousd} instead of {due}"
-    elif job.state in FINAL and not any(step.state == "running" for step in transitions(job)):
+    elif job.state in FINAL and not has_begun:
         number = 6 if job.state == "cancelled" else 4
         if any(row.cost_nanousd for row in rows):
             yield f"I{number}: {job.id} was {job.state} before it began, and billed"
 
 
-def _run_once(job: Job, runs: list[tuple[int, int]], evidence: Evidence) -> Iterator[str]:
-    began = sum(step.state == "running" for step in transitions(job))
-    if runs and not began:
+def _run_once(job: Job, runs: list[tuple[int, int]]) -> Iterator[str]:
+    if runs and not _has_begun(job):
         number = 6 if job.state == "cancelled" else 7
         yield f"I{number}: {job.id} never began, and the upstream got it"
     for run, times in Counter(run for run, _ in runs).items():
@@ -271,6 +279,9 @@ def _run_once(job: Job, runs: list[tuple[int, int]], evidence: Evidence) -> Iter
             yield f"I7: the upstream got run {run} of {job.id} {times} times"
         if not 1 <= run <= job.runs:
             yield f"I7: the upstream got run {run} of {job.id}, which had {job.runs}"
+
+
+def _run_as_asked(job: Job, runs: list[tuple[int, int]], evidence: Evidence) -> Iterator[str]:
     for _, serial in runs:
         if evidence.serials.get(job.id, serial) != serial:
             yield f"I7: the upstream got request {serial} under the id of {job.id}"

@@ -1,8 +1,8 @@
 """A process that owns jobs and nothing else, told what to do line by line, so that it can be stopped between any two steps.
 
-    python -m tests.support.queue_owner DIRECTORY OWNER [MUTANT]
+    python -m tests.support.queue_owner DIRECTORY OWNER MUTANT REDIS
 
-It reads a JSON list a line, `["claim"]`, `["finish", BODY]` (of what it claimed last), `["sweep"]`, and says what came of it.
+MUTANT and REDIS (its URL; the database and the clock are in DIRECTORY, a node's journal in a folder of it) may be empty. It reads a JSON list a line, `["claim"]`, `["finish", BODY]` (of what it claimed last), `["sweep"]`, and says what came of it.
 The store's time is what the test wrote into the file `clock` of the directory.
 """
 
@@ -22,6 +22,7 @@ from gateway.overflow.store import LeaseLostError, QueueStore
 from gateway.stores.limit_sqlite import Clocks
 from gateway.stores.queue_sqlite import SqliteQueueStore
 from tests.support.queue_jobs import LANE, an_answer
+from tests.support.queue_stores import redis_queue
 
 _TIME = struct.Struct("<q")
 
@@ -50,9 +51,10 @@ class SharedClock:
 class Owner:
     """The process, from outside. Used by `with`."""
 
-    def __init__(self, directory: Path, name: str, mutant: str = "") -> None:
+    def __init__(self, directory: Path, name: str, mutant: str = "", redis_url: str = "") -> None:
         self.name = name
-        self._command = (sys.executable, "-m", "tests.support.queue_owner", str(directory), name, mutant)
+        words = (str(directory), name, mutant, redis_url)
+        self._command = (sys.executable, "-m", "tests.support.queue_owner", *words)
 
     def __enter__(self) -> Self:
         pipe = subprocess.PIPE
@@ -87,6 +89,14 @@ class Owner:
         self._process.send_signal(signal.SIGCONT)
 
 
+def store_of(directory: Path, owner: str, redis_url: str) -> QueueStore:
+    """As that owner has it; its node is what its name begins with."""
+    clock = SharedClock(directory)
+    if redis_url:
+        return redis_queue(redis_url, directory / owner.partition("/")[0], clock)
+    return SqliteQueueStore(directory, clocks=clock.clocks)
+
+
 async def main(store: QueueStore, owner: str) -> None:
     loop = asyncio.get_running_loop()
     claimed: Claimed | None = None
@@ -111,9 +121,9 @@ async def main(store: QueueStore, owner: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 3 and sys.argv[3]:
+    where, name, mutant, url = sys.argv[1:]
+    if mutant:
         from tests.mutants.queue import MUTANTS
 
-        MUTANTS[sys.argv[3]]()
-    where = Path(sys.argv[1])
-    asyncio.run(main(SqliteQueueStore(where, clocks=SharedClock(where).clocks), sys.argv[2]))
+        MUTANTS[mutant]()
+    asyncio.run(main(store_of(Path(where), name, url), name))

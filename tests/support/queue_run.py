@@ -13,7 +13,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from aiohttp import web
 
 from gateway.limits_config import LimitConfig
 from gateway.overflow.job import FINAL, JobFilter
+from gateway.overflow.store import QueueStore
 from gateway.stores.limit_sqlite import SqliteLimitStore
 from gateway.stores.queue_sqlite import SqliteQueueStore
 from tests.support.gateway_process import KEY, Gateway
@@ -37,6 +38,7 @@ WORKERS = 2
 KILLS_PER_ROUND = 5
 BUDGET = {"scope": "team:tests", "usd": 1_000_000, "per": "ever"}
 _PATIENCE_S = 600.0
+_START_S = 300.0  # each of many, on a machine that may be busy with anything
 _TROUBLE = (aiohttp.ClientError, OSError, TimeoutError, asyncio.IncompleteReadError)
 
 
@@ -96,8 +98,10 @@ class QueueRun:
         self._module, self._mutant, self._settings = module, mutant, settings
         self._serials = itertools.count()
         self._may_submit = 0  # so many of the jobs, in step with the kills
+        self._acked: list[str] = []
         self._problems: list[str] = []
         self._took_s: dict[str, float] = {}
+        self._excused: set[int] = set()  # of answers to clients that look or cancel
 
     async def kill(self, kills: int, *, is_of_all: bool = False) -> None:
         """Hands in all jobs while so many processes are killed, one by one or the whole service; then waits for the rest.
@@ -109,7 +113,7 @@ class QueueRun:
                 await asyncio.to_thread(gateway.start)
                 try:
                     began_at = time.perf_counter()
-                    clients = [asyncio.create_task(self._client(gateway, n)) for n in range(SUBMITTERS)]
+                    clients = [asyncio.create_task(self._client([gateway], n)) for n in range(SUBMITTERS)]
                     await (self._kill_all if is_of_all else self._kill_workers)(gateway, kills)
                     self._may_submit = self._jobs
                     await asyncio.gather(*clients)
@@ -140,19 +144,29 @@ class QueueRun:
 
     # -- clients
 
-    async def _client(self, gateway: Gateway, number: int) -> None:
+    async def _client(self, gateways: Sequence[Gateway], number: int) -> None:
+        """Asks any of them, each time."""
         chance = random.Random(f"{self._seed} {number}")
         timeout = aiohttp.ClientTimeout(total=30)
         headers = {"authorization": f"Bearer {KEY}"}
-        async with aiohttp.ClientSession(gateway.url, headers=headers, timeout=timeout) as session:
+        async with contextlib.AsyncExitStack() as ending:
+            sessions = [
+                await ending.enter_async_context(
+                    aiohttp.ClientSession(gateway.url, headers=headers, timeout=timeout)
+                )
+                for gateway in gateways
+            ]
             while (serial := next(self._serials)) < self._jobs:
                 while serial >= self._may_submit:
                     await asyncio.sleep(0.01)
-                job_id = await self._submit(session, serial, chance)
+                job_id = await self._submit(chance.choice(sessions), serial, chance)
                 if job_id and chance.random() < 0.2:
-                    await self._cancel(session, job_id)
+                    await self._cancel(chance.choice(sessions), job_id)
                 if job_id and chance.random() < 0.3:
-                    await self._read(session, job_id)
+                    await self._read(chance.choice(sessions), job_id)
+                self._acked += [job_id] * bool(job_id)
+                if self._acked and chance.random() < 0.3:
+                    await self._read(chance.choice(sessions), chance.choice(self._acked))
 
     async def _submit(self, session: aiohttp.ClientSession, serial: int, chance: random.Random) -> str:
         """The id it was acknowledged with; "": it was not."""
@@ -195,7 +209,7 @@ class QueueRun:
             async with session.post(f"/v1/jobs/{job_id}/cancel") as answer:
                 if answer.status == 200:
                     self._saw(job_id, (await answer.json())["status"])
-                else:
+                elif answer.status not in self._excused:
                     self._problems.append(f"{job_id} could not be cancelled: {answer.status}")
 
     async def _read(self, session: aiohttp.ClientSession, job_id: str) -> None:
@@ -203,7 +217,7 @@ class QueueRun:
             async with session.get(f"/v1/jobs/{job_id}", params={"wait": "1"}) as answer:
                 if answer.status == 200:
                     self._saw(job_id, (await answer.json())["status"])
-                else:
+                elif answer.status not in self._excused:
                     self._problems.append(f"{job_id} was acknowledged, and then not found: {answer.status}")
 
     def _saw(self, job_id: str, state: str) -> None:
@@ -262,7 +276,7 @@ class QueueRun:
             gateway.kill()
             for pid in pids:
                 _kill(pid)
-        await asyncio.to_thread(gateway.start)
+        await asyncio.to_thread(gateway.start, _START_S)
 
     async def _ready(self, gateway: Gateway, least: int) -> list[int]:
         """Their process ids."""
@@ -277,9 +291,16 @@ class QueueRun:
 
     # -- evidence
 
+    def _store(self) -> QueueStore:
+        return SqliteQueueStore(self._directory / "data")
+
+    async def _billed(self) -> list[Billed]:
+        rows = Gateway(self._directory).rows()
+        return [Billed(row["request_id"], row["cost_nanousd"]) for row in rows]
+
     async def _rest(self, gateway: Gateway) -> None:
         """Until nothing is to be done any more: no job, no row, no webhook."""
-        store = SqliteQueueStore(self._directory / "data")
+        store = self._store()
         deadline = time.monotonic() + _PATIENCE_S
         try:
             while True:
@@ -298,7 +319,7 @@ class QueueRun:
 
     async def _take_evidence(self) -> None:
         seen = self.seen
-        store = SqliteQueueStore(self._directory / "data")
+        store = self._store()
         cursor: str | None = None
         while True:
             page = await store.list_jobs(JobFilter(), cursor, 500)
@@ -317,8 +338,7 @@ class QueueRun:
         await store.close()
         seen.told = self._receiver.told
         seen.begun, seen.finished = self._upstream.begun(), self._upstream.finished()
-        gateway = Gateway(self._directory)
-        seen.ledger = [Billed(row["request_id"], row["cost_nanousd"]) for row in gateway.rows()]
+        seen.ledger = await self._billed()
         seen.held = await self._held()
 
     async def _held(self) -> int:

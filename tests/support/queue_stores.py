@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from gateway.overflow.store import QueueStore
+from gateway.stores.limit_sqlite import Clocks
 from gateway.stores.queue_content import Content
 from gateway.stores.queue_journal import Journal
 from gateway.stores.queue_node import QueueNode
@@ -16,6 +17,15 @@ from tests.support.queue_clock import QueueClock
 from tests.support.redis_server import RedisServer
 
 STORES = ("sqlite", "redis")
+
+
+class Clock(Protocol):
+    """A store's time, the test's to move."""
+
+    def now_us(self) -> int: ...
+
+    @property
+    def clocks(self) -> Clocks: ...
 
 
 class Queue(NamedTuple):
@@ -45,14 +55,15 @@ class Servers:
 
 
 def redis_queue(
-    server: RedisServer, directory: Path, clock: QueueClock | None = None, **settings: Any
+    server: RedisServer | str, directory: Path, clock: Clock | None = None, **settings: Any
 ) -> RedisQueueStore:
-    """A process's view; those of one `directory` are on one node."""
+    """A process's view; those of one `directory` are on one node. `server` may be its URL, `tag` what its keys begin with."""
     timeout_s = settings.pop("timeout_s", 10.0)
     journal = Journal(directory, clocks=None if clock is None else clock.clocks)
     grace_s = settings.pop("grace_s", 0.0)
     now_us = None if clock is None else clock.now_us
-    connection = RedisConnection(server.url, "t", timeout_s=timeout_s)
+    url = server if isinstance(server, str) else server.url
+    connection = RedisConnection(url, settings.pop("tag", "t"), timeout_s=timeout_s)
     node = QueueNode(connection, journal, grace_s=grace_s, now_us=now_us, **settings)
     return RedisQueueStore(node, Content())
 

@@ -247,6 +247,30 @@ async def test_a_node_forgets_promises_that_were_kept_and_ends_that_were_purged(
             assert b"secret-in" not in path.read_bytes()
 
 
+async def test_a_node_forgets_all_promises_that_others_have_kept_since_its_last_turn(nodes, monkeypatch):
+    monkeypatch.setattr("gateway.stores.queue_node._AT_ONCE", 10)
+    jobs = [a_job() for _ in range(35)]
+    await nodes.one.submit_all(a_parent(is_finalized=False), jobs, NO_LIMITS)
+    for _ in jobs:
+        await nodes.two.finish((await nodes.two.claim(LANE, OWNER)).lease, an_answer())
+    await nodes.one.sweep()
+    assert await nodes.one._node.journal.promised("", 100) == []
+
+
+async def test_a_process_remembers_nothing_of_runs_it_gave_back_or_lost(nodes):
+    for _ in range(3):
+        await nodes.one.submit(a_job(), NO_LIMITS)
+    released, lost, kept = [(await nodes.one.claim(LANE, OWNER)).lease for _ in range(3)]
+    await nodes.one.release([released])
+    assert nodes.one._leased.keys() == {lost.job_id, kept.job_id}
+    nodes.clock.forward(20)
+    await nodes.two.renew([kept])
+    nodes.clock.forward(20)
+    await nodes.two.sweep()
+    await nodes.one.renew([lost, kept])
+    assert nodes.one._leased.keys() == {kept.job_id}
+
+
 async def test_a_submit_that_too_few_replicas_have_is_not_accepted(server, tmp_path):
     server.command("FLUSHALL")
     store = redis_queue(server, tmp_path, replicas=1)
