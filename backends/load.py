@@ -9,6 +9,8 @@ from typing import Final
 
 # The share of one that is out and may be chosen all the same: for a trial, or because all are out.
 LEAST_HEALTH: Final = 0.01
+# Of a process's part of the slots: what it may send more than the others between two scrapes by mere chance.
+_UNEVEN: Final = 0.25
 
 
 class EndpointLoad:
@@ -74,13 +76,16 @@ class EndpointLoad:
         return self.max_in_flight > 0 or self.scraped_at > 0.0
 
     def requests(self, now: float) -> int:
-        """In flight at the endpoint, from all processes: the greater of what we know and what it says itself.
+        """In flight at the endpoint, from all processes: what it says itself, and what we sent and got back since.
 
-        A late scrape cannot erase what was just sent, and what other gateways sent is not overlooked; what has come back
-        to us since the scrape is no longer there.
+        The other processes have as many as we where nobody has told. Where the engine has, that guess would be wrong by as
+        much as their shares differ, and near the limit it would find an endpoint full that is not. A burst reaches
+        all of them alike, though: what goes beyond `_UNEVEN` of our part since the scrape, the others have sent, too.
         """
-        counted = self.in_flight * self.processes
         if now >= self.fresh_until:
-            return counted
-        scraped = self.running + self.waiting - max(0, self.in_flight_at_scrape - self.in_flight)
-        return max(counted, scraped)
+            return self.in_flight * self.processes
+        since = self.in_flight - self.in_flight_at_scrape
+        by_chance = _UNEVEN * self.max_in_flight / self.processes
+        if self.processes > 1 and since > by_chance:
+            since += int((self.processes - 1) * (since - by_chance))
+        return max(self.in_flight, self.running + self.waiting + since)

@@ -57,9 +57,9 @@ class Orca:
         if waiting is None:
             return
         if _RUNNING in told:
-            load.running = int(told[_RUNNING])
+            load.running, load.in_flight_at_scrape = int(told[_RUNNING]), load.in_flight
         elif now >= load.fresh_until:
-            load.running = 0  # nobody has said it for long
+            load.running = load.in_flight_at_scrape = 0  # nobody has said it for long
         load.waiting = int(waiting)
         kv_usage = next((told[name] for name in _KV if name in told), None)
         if kv_usage is not None:

@@ -157,13 +157,16 @@ class Load:
         without: list[float] = []
         beside: list[float] = []
         used: list[float] = []
+        waited = 0.0
         for number in range(options.rounds):
             seed = options.seed + number
             without += await self.arrivals(seed, options.seconds)
             await self.draw(is_on=True)
             await asyncio.sleep(8)  # until it is in full swing
             watching = asyncio.create_task(self.watch_slots(used))
+            before = await self.waited()
             beside += await self.arrivals(seed, options.seconds)
+            waited += await self.waited() - before
             watching.cancel()
             await self.draw(is_on=False)
             await self.until_quiet()
@@ -174,6 +177,7 @@ class Load:
             "first token p50, without / beside ms": f"{p50[0] * 1e3:.1f} / {p50[1] * 1e3:.1f}",
             "first token p99, without / beside ms": f"{p99[0] * 1e3:.1f} / {p99[1] * 1e3:.1f}",
             "p99 ratio (bar 1.1)": round(p99[1] / p99[0], 3),
+            "beside, waited for room in the gateway": int(waited),
             "idle slots used (bar 0.9)": round(statistics.mean(used), 3),
         }
 
@@ -201,6 +205,12 @@ class Load:
         finally:
             self.in_flight -= 1
         return first_s
+
+    async def waited(self) -> float:
+        """Requests that found the pool full. Unlike times, it does not depend on how busy the machine is."""
+        metrics = await self.metrics()
+        names = ("served", "timed_out", "left", "turned_away")
+        return sum(metrics.get(f'headgate_waited_requests_total{{outcome="{name}"}}', 0.0) for name in names)
 
     async def watch_slots(self, used: list[float]) -> None:
         """Of the slots that interactive requests leave, the share that jobs have."""

@@ -331,6 +331,7 @@ class Simulation:
                 endpoint.running, endpoint.waiting = len(replica.running), len(replica.waiting)
                 endpoint.kv_usage = replica.kv_usage
                 endpoint.scraped_at, endpoint.fresh_until = now, now + FRESH_S
+                endpoint.in_flight_at_scrape = endpoint.in_flight
             if process.waiting:
                 self._at(now, self._place, process.waiting.popleft())
         if len(self._heap) > self._periodic:

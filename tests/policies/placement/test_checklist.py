@@ -14,6 +14,7 @@ from policies.placement.ask import Ask
 from policies.placement.hold import Hold
 from policies.placement.place import finish, place, take
 from policies.placement.registry import placer
+from policies.placement.saturation import has_room
 from tests.support.builders import a_caller, a_document, a_model, an_exchange
 
 _RNG = random.Random(7)
@@ -280,12 +281,36 @@ def test_item_11_a_stale_figure_is_not_acted_on():
 
 
 def test_item_11_a_late_scrape_does_not_hide_what_was_just_sent():
+    (endpoint,) = endpoints(1)
+    endpoint.running, endpoint.in_flight_at_scrape, endpoint.fresh_until = 3, 3, 10.0
+    endpoint.in_flight = 5
+    assert endpoint.requests(1.0) == 5
+    endpoint.running = 20  # most of them others'
+    assert endpoint.requests(1.0) == 22
+    endpoint.running = 0  # a figure that is older than it seems
+    assert endpoint.requests(1.0) == 5
+
+
+def test_item_11_of_what_was_sent_since_a_scrape_the_other_processes_have_sent_as_much_if_it_is_much():
+    (endpoint,) = endpoints(1, processes=4)
+    endpoint.max_in_flight = 160
+    endpoint.fresh_until = 10.0
+    endpoint.in_flight = 10
+    assert endpoint.requests(1.0) == 10  # by chance
+    endpoint.in_flight = 30
+    assert endpoint.requests(1.0) == 90  # a burst, and it has reached all of them
+    assert endpoint.requests(10.0) == 120  # nobody has told: all of them have as many as we
+
+
+def test_item_11_an_uneven_share_of_the_requests_does_not_fill_an_endpoint():
+    """A worker with more than its half, of jobs and of those that somebody waits for, sees the room that there is."""
     (endpoint,) = endpoints(1, processes=2)
-    endpoint.running, endpoint.fresh_until = 3, 10.0
-    endpoint.in_flight = 4
-    assert endpoint.requests(1.0) == 8  # both processes send alike
-    endpoint.running = 20
-    assert endpoint.requests(1.0) == 20
+    endpoint.max_in_flight, endpoint.fresh_until = 96, 10.0
+    endpoint.running, endpoint.in_flight_at_scrape, endpoint.in_flight = 88, 46, 50
+    assert endpoint.requests(1.0) == 92
+    assert has_room(endpoint, 1.0)
+    endpoint.in_flight = 54
+    assert not has_room(endpoint, 1.0)
 
 
 def test_item_29_what_is_hashed_of_a_prompt_is_bounded():

@@ -18,7 +18,7 @@ def test_nothing_is_full_of_which_no_limit_is_known():
         ({"waiting": 5}, 1.0),
         ({"waiting": 1, "kv_usage": 0.4}, 0.5),
         ({"kv_usage": 0.8}, 1.0),
-        ({"in_flight": 3, "waiting": 2, "kv_usage": 0.1}, 0.4),
+        ({"in_flight": 3, "in_flight_at_scrape": 3, "waiting": 2, "kv_usage": 0.1}, 0.4),
         ({"running": 20}, 2.0),  # others send there, too
     ],
 )
