@@ -491,6 +491,5 @@ def _notify(state: str) -> None:
 
 
 async def _cancel(task: asyncio.Future[Any]) -> None:
-    while not task.done():  # more than once: one that comes while a watch enters its thread is lost there
-        task.cancel()
-        await asyncio.wait({task}, timeout=1.0)
+    task.cancel()
+    await asyncio.wait({task})
