@@ -313,6 +313,10 @@ class Server:
                 raise ReloadError(str(error)) from error
             self._keyring.declare(config.declared_keys())
             self._config = config
+            if self._fleet is not None:
+                self._fleet.amend(
+                    self._for_workers(config)
+                )  # an engine that opened meanwhile told of the old one
         self._check.want()
 
     async def _give(self, config: Config) -> None:
