@@ -51,6 +51,9 @@ class Workers(Protocol):
     async def in_flight(self, endpoints: Sequence[str]) -> int | None:
         """Requests there; None: not known."""
 
+    async def collect(self) -> None:
+        """Their figures, as of now."""
+
     def pool_load(self, pool: str, ready: int) -> PoolLoad: ...
     def republish(self) -> None:
         """Endpoints have other addresses: every worker gets all of them anew, soon."""
@@ -273,6 +276,9 @@ class Engines:
     async def _scale(self) -> None:
         while True:
             await asyncio.sleep(_SCALE_S)
+            await (
+                self._workers.collect()
+            )  # by themselves they report now and then: a queue may come and go in between
             for name, scaler in self._scalers.items():
                 pool = self._supervisor.pools.get(name) if self._supervisor is not None else None
                 if pool is not None and not pool.change:

@@ -183,7 +183,7 @@ class Fleet:
         for worker, answer in zip(asked, answers, strict=True):
             if isinstance(answer, Reloaded) and not answer.error:
                 worker.config_number = number
-            else:
+            elif not worker.ended.done():  # else its successor begins with it
                 told = answer.error if isinstance(answer, Reloaded) else "no answer"
                 problems.append(f"worker {worker.name} keeps its old configuration: {told}")
         return problems
@@ -390,14 +390,23 @@ class Fleet:
                     "requests were cut by a drain", extra={"worker": worker.name, "count": message.cut}
                 )
 
-    async def _ask(
+    def _ask(
         self, worker: Worker, question: Reload | Report | CountInFlight, timeout_s: float
-    ) -> Reloaded | Metrics | InFlight | None:
+    ) -> Coroutine[Any, Any, Reloaded | Metrics | InFlight | None]:
+        """Sent at once: what is told to the worker later must not come before it."""
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._answers[worker.name, question.number] = answer
         worker.send(question)
-        await asyncio.wait({answer, worker.ended}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        del self._answers[worker.name, question.number]
+        return self._answer_of(worker, question.number, timeout_s)
+
+    async def _answer_of(
+        self, worker: Worker, number: int, timeout_s: float
+    ) -> Reloaded | Metrics | InFlight | None:
+        answer = self._answers[worker.name, number]
+        try:
+            await asyncio.wait({answer, worker.ended}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            del self._answers[worker.name, number]
         return answer.result() if answer.done() else None
 
     def _answer(self, worker: Worker, number: int, message: Reloaded | Metrics | InFlight) -> None:

@@ -70,10 +70,13 @@ class Patrol:
         self._beats: list[_Beat] = []
 
     async def apply(self, config: Config) -> None:
-        """A configuration whose pools all have addresses. What is known of an address that stays, stays."""
+        """A configuration whose pools all have addresses. What is known of an address that stays, stays.
+
+        It is in force before anything is awaited: an engine that opens or closes meanwhile is later news.
+        """
         known = {id(endpoint): beat for beat in self._beats for endpoint in beat.endpoints}
         before = {beat.endpoints[0] for beat in self._beats}
-        await self._stand_down()
+        standing_down = self._stand_down()
         settings = [*config.enabled_pools().values(), *config.enabled_providers().values()]
         pools = self._upstreams.pools(settings)
         self._beats = []
@@ -88,6 +91,7 @@ class Patrol:
                 self._beats.append(beat)
                 if _is_watched(pool):
                     beat.task = asyncio.create_task(self._walk(beat))
+        await standing_down
         await self._feeds.apply(
             endpoint
             for pool in settings
@@ -261,11 +265,12 @@ class Patrol:
         for each in beat.endpoints:
             self._tell(Probed(each.name, reason), "")
 
-    async def _stand_down(self) -> None:
+    def _stand_down(self) -> asyncio.Future[list[BaseException | None]]:
+        """No look is taken from now on; to be awaited for the end of the last one."""
         tasks = [beat.task for beat in self._beats if beat.task is not None]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        return asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _by_address(endpoints: tuple[Endpoint, ...]) -> list[list[Endpoint]]:

@@ -110,10 +110,15 @@ class Placing:
         group = choices[0].group
         health = runtime.health
 
-        def choice_now(exchange: Exchange, now: float) -> Choice:
-            return choose(exchange, group, health, now)
+        pool = group.target.pool.name
 
-        choice = await self._room.wait(exchange, group.target.pool.name, choice_now)
+        def choice_now(exchange: Exchange, now: float) -> Choice:
+            choice = choose(exchange, group, health, now)
+            if not choice.candidates:
+                self._want(pool)  # the last one may have gone to sleep just now
+            return choice
+
+        choice = await self._room.wait(exchange, pool, choice_now)
         if choice is None:
             return None
         exchange.place_reason = choice.reason

@@ -61,7 +61,8 @@ class SelfCheck:
         self._is_wanted.set()
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._is_wanted.wait(), self._until_night_s())
+                async with asyncio.timeout(self._until_night_s()):
+                    await self._is_wanted.wait()
             await asyncio.sleep(_QUIET_S)
             self._is_wanted.clear()
             try:

@@ -313,6 +313,10 @@ class Server:
                 raise ReloadError(str(error)) from error
             self._keyring.declare(config.declared_keys())
             self._config = config
+            if self._fleet is not None:
+                self._fleet.amend(
+                    self._for_workers(config)
+                )  # an engine that opened meanwhile told of the old one
         self._check.want()
 
     async def _give(self, config: Config) -> None:
@@ -491,6 +495,5 @@ def _notify(state: str) -> None:
 
 
 async def _cancel(task: asyncio.Future[Any]) -> None:
-    while not task.done():  # more than once: one that comes while a watch enters its thread is lost there
-        task.cancel()
-        await asyncio.wait({task}, timeout=1.0)
+    task.cancel()
+    await asyncio.wait({task})

@@ -52,8 +52,12 @@ class Switchboard:
     async def in_flight(self, endpoints: Sequence[str]) -> int | None:
         return 0 if self._fleet is None else await self._fleet.in_flight(endpoints)
 
+    async def collect(self) -> None:
+        if self._fleet is not None:
+            await self._fleet.collect()
+
     def pool_load(self, pool: str, ready: int) -> PoolLoad:
-        """From the engines' own pages and the workers' last reports, both some seconds old at most."""
+        """From the engines' own pages, some seconds old at most, and the workers' last reports."""
         totals = self._page.totals
         now = time.perf_counter()
         endpoints = self._patrol.endpoints_of(pool) if self._patrol is not None else []

@@ -102,7 +102,8 @@ async def _over_udp(question: bytes, server: Address) -> bytes:
     transport, exchange = await loop.create_datagram_endpoint(lambda: _Exchange(question), remote_addr=server)
     try:
         transport.sendto(question)
-        return await asyncio.wait_for(exchange.answer, _TIMEOUT_S)
+        async with asyncio.timeout(_TIMEOUT_S):
+            return await exchange.answer
     finally:
         transport.close()
 

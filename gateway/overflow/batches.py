@@ -198,7 +198,8 @@ class Batches:
                 _log.warning("batches: %s", error)
             self._is_due.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._is_due.wait(), _POLL_S)
+                async with asyncio.timeout(_POLL_S):
+                    await self._is_due.wait()
 
     async def _carry_out(self, parent: Parent, lease: ParentLease) -> None:
         work = asyncio.ensure_future(self._work.carry_out(parent, lease))

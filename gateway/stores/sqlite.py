@@ -7,6 +7,7 @@ used with a schema this version does not know.
 
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ DATABASE_NAME: Final = "headgate.db"
 # Below it two connections that checkpoint one WAL file can corrupt it (sqlite.org/wal.html, "WAL-reset bug").
 VERSION_FLOOR: Final = (3, 51, 3)
 _BUSY_TIMEOUT_MS: Final = 5000
+_BUSY_POLL_S: Final = 0.01
 _WAL_LIMIT_BYTES: Final = 64 * 1024 * 1024
 
 
@@ -115,7 +117,7 @@ def _find(path: Path) -> None:
 
 def _configure(connection: Connection, *, is_full_sync: bool) -> None:
     connection.set_busy_timeout(_BUSY_TIMEOUT_MS)
-    if connection.pragma("journal_mode", "wal") != "wal":
+    if _begin_log(connection) != "wal":
         raise StorageError(
             f"The file system of {connection.filename} cannot hold a write-ahead log (a network share?): "
             "put `storage.directory` on a local disk."
@@ -126,6 +128,18 @@ def _configure(connection: Connection, *, is_full_sync: bool) -> None:
     connection.pragma("trusted_schema", False)
     # Without it INSERT OR REPLACE would get past the triggers that refuse DELETE.
     connection.pragma("recursive_triggers", True)
+
+
+def _begin_log(connection: Connection) -> object:
+    """The journal mode. Of several that make the same new file at once, SQLite tells all but one "busy" without waiting."""
+    deadline_at = time.monotonic() + _BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            return connection.pragma("journal_mode", "wal")
+        except apsw.BusyError:
+            if time.monotonic() >= deadline_at:
+                raise
+            time.sleep(_BUSY_POLL_S)
 
 
 def _migrate(connection: Connection, steps: Sequence[str]) -> None:

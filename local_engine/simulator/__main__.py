@@ -119,7 +119,8 @@ async def serve(options: argparse.Namespace) -> None:
 
 async def _finish(protocols: web.Server) -> None:
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(protocols.shutdown(_FLUSH_S), 2 * _FLUSH_S)
+        async with asyncio.timeout(2 * _FLUSH_S):
+            await protocols.shutdown(_FLUSH_S)
 
 
 def _watch_parent(loop: asyncio.AbstractEventLoop, pid: int, stopping: asyncio.Event) -> None:

@@ -318,7 +318,8 @@ class Simulator:
         """Finish what is under way for up to `drain_s`, then break off the rest with vLLM's in-band error."""
         self.is_draining = True
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.driver.idle(), drain_s)
+            async with asyncio.timeout(drain_s):
+                await self.driver.idle()
         self.driver.fail_all(_DEAD)
         if self.connector is not None:
             await self.connector.close()

@@ -77,6 +77,13 @@ def test_policies_know_no_asyncio_no_http_and_no_clock() -> None:
                 assert top not in {"asyncio", "http", "aiohttp", "httptools", "time"}, place
 
 
+def test_nobody_waits_with_what_loses_cancellations() -> None:
+    """`asyncio.wait_for` before 3.12 gives its result to a task that was cancelled in the same turn: that one then
+    never ends. `asyncio.timeout` does not."""
+    for source in sources():
+        assert "wait_for(" not in source.text.replace("def wait_for(", ""), f"{source.name}: asyncio.timeout"
+
+
 def test_no_import_hides_inside_a_function() -> None:
     hidden = {
         source.name

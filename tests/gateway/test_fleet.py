@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway.config import Config, KeyConfig
-from gateway.control import Membership
+from gateway.control import Membership, Reload
 from gateway.exposition import Page
 from gateway.fleet import Fleet, FleetSettings, Worker, WorkerError
 
@@ -177,6 +177,32 @@ async def test_a_bug_at_the_start_is_an_error_without_its_text(capfd):
 async def test_a_reload_reaches_every_worker():
     async with a_service(workers=2) as service:
         assert await service.fleet.reload(a_config("two")) == []
+        assert {(await service.get()).split()[2] for _ in range(20)} == {"two"}
+
+
+async def test_what_a_worker_is_told_after_a_reload_comes_after_it():
+    """Else an engine that opens in that moment stays closed in this worker: the configuration did not know of it yet."""
+    async with a_service() as service:
+        (worker,) = service.fleet.workers()
+        sent = []
+        keep, worker.channel.send = worker.channel.send, lambda message: (sent.append(message), keep(message))
+        reloading = asyncio.ensure_future(service.fleet.reload(a_config("two")))
+        asyncio.get_running_loop().call_soon(
+            service.fleet.tell, Membership("gpu/0", is_open=True), ""
+        )  # in the next turn, the one in which the reload is sent at the earliest
+        assert await reloading == []
+        assert [type(message) for message in sent[:2]] == [Reload, Membership]
+
+
+async def test_a_worker_that_dies_instead_of_reloading_keeps_nothing_old():
+    async with a_service(workers=2) as service:
+        victim = service.fleet.workers()[0]
+        victim.process.send_signal(signal.SIGSTOP)
+        reloading = asyncio.ensure_future(service.fleet.reload(a_config("two")))
+        await asyncio.sleep(0)
+        victim.kill()
+        assert await reloading == []
+        await until(lambda: [w.state for w in service.fleet.workers()] == ["ready", "ready"])
         assert {(await service.get()).split()[2] for _ in range(20)} == {"two"}
 
 

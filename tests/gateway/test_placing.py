@@ -112,8 +112,26 @@ async def test_a_pool_of_which_nothing_takes_requests_is_said_to_be_wanted_and_a
     placing = Placing(a_room(0.05), want=wanted.append)
     await when_full(placing, an_exchange(model=full(a_model(endpoints=2))))
     assert wanted == []
-    await when_full(placing, an_exchange(model=draining(a_model(endpoints=2))))
-    assert len(wanted) == 1
+    model = draining(a_model(endpoints=2))
+    await when_full(placing, an_exchange(model=model))
+    assert set(wanted) == {model.targets[0].pool.name}
+
+
+async def test_who_waits_for_a_pool_that_goes_to_sleep_says_that_it_is_wanted():
+    wanted = []
+    model = full(a_model(endpoints=2))
+    waiting = asyncio.create_task(
+        when_full(Placing(a_room(60.0), want=wanted.append), an_exchange(model=model))
+    )
+    await asyncio.sleep(0)
+    assert wanted == []
+    draining(model)
+    async with asyncio.timeout(30.0):
+        while not wanted:
+            await asyncio.sleep(0.01)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    assert set(wanted) == {model.targets[0].pool.name}
 
 
 def test_what_is_wanted_is_told_the_parent_once_in_a_while():

@@ -1,5 +1,6 @@
 """The parent's check of budgets: what is missing is posted, what is too much is told."""
 
+import asyncio
 import time
 
 import msgspec
@@ -81,3 +82,14 @@ async def test_without_limits_no_store_is_opened(tmp_path):
     assert await check.check() == []
     assert check.checked_time > 0
     assert not (tmp_path / "data/limits.db").exists()
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_whenever_it_is_told_to_end_it_ends(config, turns):
+    """Also in the very turn in which it finds reason to check, as it does at the start."""
+    run = asyncio.create_task(SelfCheck(lambda: config).run())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    run.cancel()
+    await asyncio.wait({run}, timeout=30.0)
+    assert run.cancelled()

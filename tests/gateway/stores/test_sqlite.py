@@ -52,6 +52,29 @@ def test_many_processes_may_open_a_new_database_at_once(tmp_path) -> None:
         assert connection.pragma("user_version") == len(STEPS)
 
 
+class Contended(apsw.Connection):
+    """What SQLite answers, at once, to one of several that turn a new file into one with a log."""
+
+    refusals = 0
+
+    def pragma(self, name, *value):
+        if name == "journal_mode" and Contended.refusals:
+            Contended.refusals -= 1
+            raise apsw.BusyError("database is locked")
+        return super().pragma(name, *value)
+
+
+def test_who_is_told_that_a_new_database_is_busy_tries_again_and_not_for_ever(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("gateway.stores.sqlite.Connection", Contended)
+    monkeypatch.setattr(Contended, "refusals", 3)
+    with database(tmp_path / "a.db") as connection:
+        assert connection.pragma("journal_mode") == "wal"
+    monkeypatch.setattr("gateway.stores.sqlite._BUSY_TIMEOUT_MS", 50)
+    monkeypatch.setattr(Contended, "refusals", 10**6)
+    with pytest.raises(StorageError, match="locked by another program"):
+        open_database(tmp_path / "b.db")
+
+
 def test_a_database_of_a_newer_version_is_left_alone(tmp_path) -> None:
     path = tmp_path / "a.db"
     with database(path) as connection:
