@@ -44,6 +44,7 @@ from gateway.reload import ConfigWatch, Reloaded
 from gateway.self_check import SelfCheck
 from gateway.shared_check import SharedCheck
 from gateway.simulators import Simulators
+from gateway.storage_lock import storage_lock
 from gateway.stores.sqlite import StorageError
 from gateway.switchboard import Switchboard
 from gateway.tenants import Declared, TenantsWatch
@@ -144,6 +145,7 @@ class Server:
             bound("management", self._config.management, self._overrides.management_port)
         )
         addresses = Addresses(url_of(listener), url_of(operators))
+        ending.enter_context(storage_lock(self._storage))
         pepper = load_pepper(self._storage, self._config.pepper())
         first_keys = make_first_keys(self._storage, pepper, self._config.declared_keys())
         try:

@@ -118,7 +118,10 @@ def _parquet() -> ModuleType:
     try:
         return importlib.import_module("gateway.parquet")
     except ImportError:
-        fail("Parquet needs pyarrow: pip install 'headgate[parquet]', or take --format csv or jsonl.")
+        fail(
+            f"Parquet needs pyarrow: {sys.executable} -m pip install 'headgate[parquet]', "
+            "or take --format csv or jsonl."
+        )
 
 
 def _write(rows: Iterable[LedgerRow], file: BinaryIO, form: str, parquet: ModuleType | None) -> None:
@@ -189,9 +192,13 @@ def _notes(by: GroupBy, groups: int, total: Spend) -> list[str]:
     if by == "tag":
         notes.append("A request with several tags counts under each; the total counts it once.")
     if total.unknown_cost:
-        notes.append(f"{total.unknown_cost:,} requests of unknown cost are not in the sums.")
+        notes.append(f"Of unknown cost, and not in the sums: {_requests(total.unknown_cost)}.")
     if total.estimated:
-        notes.append(f"{total.estimated:,} requests are billed by an estimate (the answer broke off).")
+        notes.append(f"Billed by an estimate, as the answer broke off: {_requests(total.estimated)}.")
     if total.interrupted:
-        notes.append(f"{total.interrupted:,} requests were interrupted by the end of their worker.")
+        notes.append(f"Interrupted by the end of their worker: {_requests(total.interrupted)}.")
     return notes
+
+
+def _requests(count: int) -> str:
+    return "1 request" if count == 1 else f"{count:,} requests"

@@ -20,6 +20,10 @@ from gateway.commands.storage import fail
 from gateway.config import DEFAULT_PATH, ConfigError, load
 
 _TIMEOUT_S: Final = 60.0
+_NEEDS: Final = (
+    "An operator key is needed: set HEADGATE_OPERATOR_KEY (the first start printed one; "
+    "`headgate keys create NAME --operator` makes another)."
+)
 
 UrlOption = Annotated[
     str,
@@ -82,7 +86,7 @@ class Plane(NamedTuple):
 
 def find_plane(url: str, key: str, config: Path = DEFAULT_PATH) -> Plane:
     """The one that is named, else where the configuration has it."""
-    return Plane(url or _configured(config), key)
+    return Plane(url or _configured(config), key, _NEEDS)
 
 
 def _configured(path: Path) -> str:

@@ -277,12 +277,16 @@ def test_a_second_signal_cuts_streams_with_an_error_in_band_and_still_writes_the
 
 
 @pytest.mark.e2e
-def test_no_process_outlives_a_parent_that_is_killed(start):
+def test_no_process_outlives_a_parent_that_is_killed_and_nobody_else_gets_its_directory_before(start):
     service = start(time_scale=1)
     key = key_in(service.out + service.read_until("costs"))
     Stream(service, key, 4000)
     children = service.children()
     assert len(children) == 3
+    command = [sys.executable, "-m", "gateway", "serve", "--config", str(service.config)]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("Another Headgate uses the storage directory")
     service.signal(signal.SIGKILL)
     until(lambda: not any(map(is_running, children)))
     total = json.loads(service.command("costs", "--json"))["total"]

@@ -30,3 +30,11 @@ entry.main()
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, b"", b"")
+
+
+def test_who_asks_the_service_without_an_operator_key_is_told_where_to_put_one(monkeypatch):
+    monkeypatch.delenv("HEADGATE_OPERATOR_KEY", raising=False)
+    for command in (["status"], ["jobs", "stats"], ["webhooks", "list"], ["engine", "status"]):
+        result = CliRunner().invoke(app, [*command, "--url", "http://127.0.0.1:1"])
+        assert result.exit_code == 1
+        assert "HEADGATE_OPERATOR_KEY" in result.output

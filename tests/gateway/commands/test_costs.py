@@ -58,9 +58,9 @@ def test_the_table_shows_exact_dollars_and_what_they_leave_out(run) -> None:
     ]
     assert "[bold]odd" in output
     assert "$1.000012345" in output  # the total
-    assert "2 requests of unknown cost" in output
-    assert "1 requests are billed by an estimate" in output
-    assert "1 requests were interrupted" in output
+    assert "not in the sums: 2 requests." in output
+    assert "broke off: 1 request." in output
+    assert "end of their worker: 1 request." in output
 
 
 def test_json_and_csv_give_whole_nano_dollars(run) -> None:
