@@ -112,7 +112,7 @@ def dispatch_fields(exchange: Exchange, worker: str) -> DispatchFields:
     )
 
 
-def row_of(exchange: Exchange, *, worker: str) -> LedgerRow:
+def row_of(exchange: Exchange, worker: str) -> LedgerRow:
     """The row of an exchange that has ended and is priced."""
     usage = exchange.usage
     price = exchange.price

@@ -8,9 +8,9 @@ waits for it.
 import asyncio
 import functools
 import logging
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
 from typing import Final
 
 from backends.dialect import RAW
@@ -27,6 +27,7 @@ from gateway.runtime import Runtime
 from gateway.telemetry import Telemetry
 from policies.cost import charge
 from policies.exchange import Exchange
+from policies.health.endpoint import Attempt
 from policies.placement.place import finish
 from policies.waste import Waste, unused_prefill, waste_of
 
@@ -53,6 +54,7 @@ class Settler:
         self._access_log = access_log
         self._worker = worker
         self._ended: list[tuple[Exchange, Runtime, StreamRelay | None]] = []  # in this turn of the loop
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the first request
         self._on_room = on_room  # a pool that can be full has a request less, sent so many seconds ago
         self._on_answer = on_answer  # it has a name that a later request may continue it by
         self.locality = Locality()
@@ -98,7 +100,7 @@ class Settler:
     def attempt_failed(self, exchange: Exchange, failure: UpstreamError | int) -> None:
         """An attempt is over and another follows."""
         exchange.prefilled_by, exchange.prefill_us = "", 0
-        self._give_back(exchange)
+        self._give_back(exchange, perf_counter())
         candidate = exchange.candidate
         if candidate is not None:
             reason = str(failure) if isinstance(failure, int) else failure.kind
@@ -127,11 +129,15 @@ class Settler:
 
     def settle(self, exchange: Exchange, runtime: Runtime, relay: StreamRelay | None) -> None:
         """Everything that must happen however the request ended."""
-        exchange.ended_at = time.perf_counter()
-        self._give_back(exchange)
-        self._end_attempt(exchange)
+        now = perf_counter()
+        exchange.end(now)
+        self._give_back(exchange, now)
+        if exchange.attempt is not None:
+            _end_attempt(exchange, exchange.attempt)
         if not self._ended:
-            asyncio.get_running_loop().call_soon(self._settle_ended)
+            if self._loop is None:
+                self._loop = asyncio.get_running_loop()
+            self._loop.call_soon(self._settle_ended)
         self._ended.append((exchange, runtime, relay))
 
     def _settle_ended(self) -> None:
@@ -191,25 +197,13 @@ class Settler:
             exchange.usage, exchange.is_estimated = usage, True
         self._close(exchange, runtime)
 
-    def _end_attempt(self, exchange: Exchange) -> None:
-        """What the last attempt says of its endpoint's health, if that has not been said already."""
-        attempt = exchange.attempt
-        if attempt is None:
-            return
-        if exchange.ended == "completed":
-            attempt.succeeded(exchange.ended_at)
-        elif exchange.ended in {"incomplete", "upstream_failed"}:
-            attempt.failed(exchange.ended_at, exchange.error_kind or "incomplete")
-        else:
-            attempt.abandoned()
-
-    def _give_back(self, exchange: Exchange) -> None:
+    def _give_back(self, exchange: Exchange, now: float) -> None:
         hold, candidate = exchange.hold, exchange.candidate
         if hold is not None and candidate is not None:
             exchange.hold = None
             hold.release()
             if self._on_room is not None and candidate.endpoint.is_limited:
-                self._on_room(candidate.target.pool.name, time.perf_counter() - exchange.dispatched_at)
+                self._on_room(candidate.target.pool.name, now - exchange.dispatched_at)
 
     def _close(self, exchange: Exchange, runtime: Runtime) -> None:
         if exchange.on_priced is not None:
@@ -226,7 +220,7 @@ class Settler:
         if exchange.answer_id and self._on_answer is not None:
             self._on_answer(exchange)
         if exchange.caller is not None:  # strangers get no row: a flood of bad keys must not fill the disk
-            self._ledger.close(row_of(exchange, worker=self._worker))
+            self._ledger.close(row_of(exchange, self._worker))
         self._observe(exchange)
 
     def _hand_back(self, run: Exchange, on_priced: Callable[[], None]) -> None:
@@ -240,7 +234,7 @@ class Settler:
 
     def row_of_job(self, run: Exchange) -> LedgerRow:
         """Of a job whose last run this is; the exchange has the job's id and moment by now."""
-        return row_of(run, worker=self._worker)
+        return row_of(run, self._worker)
 
     def conclude(self, run: Exchange, runtime: Runtime) -> None:
         """What became of a run is on disk, its row with it: what it had reserved is given back or spent, all are told."""
@@ -264,3 +258,13 @@ class Settler:
 
     def stop(self) -> None:
         self._thread.shutdown(wait=True)
+
+
+def _end_attempt(exchange: Exchange, attempt: Attempt) -> None:
+    """What the last attempt says of its endpoint's health, if that has not been said already."""
+    if exchange.ended == "completed":
+        attempt.succeeded(exchange.ended_at)
+    elif exchange.ended in {"incomplete", "upstream_failed"}:
+        attempt.failed(exchange.ended_at, exchange.error_kind or "incomplete")
+    else:
+        attempt.abandoned()

@@ -85,7 +85,7 @@ class Histogram:
     each one up would cost. Whoever observes must `fold` now and then.
     """
 
-    __slots__ = ("_bounds", "_counts", "_fresh", "_sum", "observe")
+    __slots__ = ("_bounds", "_counts", "_fresh", "_sum", "observe", "observe_all")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
@@ -93,6 +93,7 @@ class Histogram:
         self._sum = 0.0
         self._fresh: list[float] = []
         self.observe = self._fresh.append
+        self.observe_all = self._fresh.extend
 
     def fold(self) -> None:
         """Counts what was observed since the last time."""
@@ -181,7 +182,11 @@ class Telemetry:
         self._shadow_cost_nanousd: dict[str, int] = {}
         self.rule_outcomes: dict[tuple[str, str], int] = {}  # by rule and outcome; the rules count
         self._denials: dict[str, int] = {}
-        self._series: dict[tuple[str, str, str], _Series] = {}
+        self._series: dict[
+            tuple[str, str, str], _Series
+        ] = {}  # by operation, provider and label of the model
+        # By dialect, provider and name of the model, where that is its label.
+        self._series_of: dict[tuple[str, str, str], _Series] = {}
         self._watched: dict[str, _Watched] = {}
         self._read = Histogram(STAGE_BOUNDS)
         self._place = Histogram(STAGE_BOUNDS)
@@ -189,11 +194,15 @@ class Telemetry:
         self._relay = Histogram(STAGE_BOUNDS)
         self._settle = Histogram(STAGE_BOUNDS)
         self._overhead = Histogram(STAGE_BOUNDS)
+        # Of answered requests since the last fold: what goes to each histogram of `_shares`.
+        self._fresh: list[tuple[float, ...]] = []
+        self._shares = (self._read, self._place, self._send, self._relay, self._overhead, self._settle)
         self._unfolded = 0  # requests
 
     def list_models(self, names: Iterable[str]) -> None:
         """The catalog's names: those that may be a label from the first request on. Called at every reload."""
         self._listed = frozenset(names)
+        self._series_of.clear()
 
     def watch(
         self,
@@ -223,24 +232,40 @@ class Telemetry:
         except KeyError:
             self._requests[key] = 1
         ended_at, read_at = exchange.ended_at, exchange.read_at
+        dispatched_at, first_byte_at = exchange.dispatched_at, exchange.first_byte_at
+        if first_byte_at and dispatched_at:
+            self._fresh.append(
+                (
+                    read_at - exchange.received_at,
+                    dispatched_at - read_at,
+                    first_byte_at - dispatched_at,
+                    ended_at - first_byte_at,
+                    exchange.overhead_s,
+                    perf_counter() - ended_at,
+                )
+            )
+            self._observe_model(exchange)
+            return
         if read_at:
             self._read.observe(read_at - exchange.received_at)
-        dispatched_at = exchange.dispatched_at
-        if not dispatched_at:
-            if exchange.ended == "denied":
-                self._denials[exchange.error_kind] = self._denials.get(exchange.error_kind, 0) + 1
-            return
-        self._place.observe(dispatched_at - read_at)
-        first_byte_at = exchange.first_byte_at
-        if first_byte_at:
-            self._send.observe(first_byte_at - dispatched_at)
-            self._relay.observe(ended_at - first_byte_at)
-        self._overhead.observe(exchange.overhead_s)
-        self._settle.observe(perf_counter() - ended_at)
-        self._observe_model(exchange)
+        if dispatched_at:
+            self._place.observe(dispatched_at - read_at)
+            self._overhead.observe(exchange.overhead_s)
+            self._settle.observe(perf_counter() - ended_at)
+            self._observe_model(exchange)
+        elif exchange.ended == "denied":
+            self._denials[exchange.error_kind] = self._denials.get(exchange.error_kind, 0) + 1
+
+    def _sort_out(self) -> None:
+        """What was observed together goes to each histogram."""
+        if self._fresh:
+            for histogram, values in zip(self._shares, zip(*self._fresh, strict=True), strict=True):
+                histogram.observe_all(values)
+            self._fresh.clear()
 
     def _fold(self) -> None:
         self._unfolded = 0
+        self._sort_out()
         self._overhead.fold()
         for _, histogram in self._stages():
             histogram.fold()
@@ -275,37 +300,36 @@ class Telemetry:
     def _observe_model(self, exchange: Exchange) -> None:
         candidate = exchange.candidate
         provider = candidate.endpoint.provider.name if candidate is not None else OTHER
-        status = exchange.status
         model = exchange.model.name if exchange.model is not None else OTHER
-        if model not in self._listed:
-            model = self._unlisted_label(model, status)
         dialect = exchange.dialect
-        key = (_OPERATIONS.get(dialect.name, dialect.name), provider, model)
-        series = self._series.get(key)
+        series = self._series_of.get((dialect.name, provider, model))
         if series is None:
-            series = self._series[key] = _Series()
+            series = self._find_series(dialect.name, provider, model, exchange.status)
         ended_at = exchange.ended_at
         series.duration.observe(ended_at - exchange.received_at)
         usage = exchange.usage
-        relayed_at = exchange.relayed_at
-        if exchange.is_stream and relayed_at:
-            series.first_token.observe(relayed_at - exchange.received_at)
+        if exchange.is_stream and exchange.relayed_at:
+            series.first_token.observe(exchange.relayed_at - exchange.received_at)
             if usage is not None and usage.output_tokens > 1:
-                series.per_token.observe((ended_at - relayed_at) / (usage.output_tokens - 1))
-        if not dialect.is_billed or (usage is None and not 200 <= status < 300):
+                series.per_token.observe((ended_at - exchange.relayed_at) / (usage.output_tokens - 1))
+        if not dialect.is_billed or (usage is None and not 200 <= exchange.status < 300):
             return
         series.billed += 1
         if usage is None:
             series.unknown_usage += 1
             return
-        series.input.observe(usage.prompt_tokens)
-        series.output.observe(usage.output_tokens)
-        series.input_tokens += usage.input_tokens
-        series.cache_read_tokens += usage.cache_read_tokens
-        series.cache_write_tokens += usage.cache_write_5m_tokens + usage.cache_write_1h_tokens
-        series.output_tokens += usage.output_tokens
-        series.reasoning_tokens += usage.reasoning_tokens
-        series.estimated += exchange.is_estimated
+        fresh, read, output = usage.input_tokens, usage.cache_read_tokens, usage.output_tokens
+        written = usage.cache_write_5m_tokens + usage.cache_write_1h_tokens
+        series.input.observe(fresh + read + written)
+        series.output.observe(output)
+        series.input_tokens += fresh
+        series.cache_read_tokens += read
+        series.cache_write_tokens += written
+        series.output_tokens += output
+        if usage.reasoning_tokens:
+            series.reasoning_tokens += usage.reasoning_tokens
+        if exchange.is_estimated:
+            series.estimated += 1
         cost_nanousd = exchange.cost_nanousd
         if cost_nanousd is None:
             series.unknown_price += 1
@@ -314,6 +338,16 @@ class Telemetry:
         series.cost_nanousd += cost_nanousd
         if not cost_nanousd:
             series.zero_cost += 1
+
+    def _find_series(self, dialect: str, provider: str, model: str, status: int) -> _Series:
+        label = model if model in self._listed else self._unlisted_label(model, status)
+        key = (_OPERATIONS.get(dialect, dialect), provider, label)
+        series = self._series.get(key)
+        if series is None:
+            series = self._series[key] = _Series()
+        if label == model:
+            self._series_of[dialect, provider, model] = series
+        return series
 
     def _unlisted_label(self, name: str, status: int) -> str:
         """A wildcard's model becomes a label once an upstream has served it, and only so many of them."""
@@ -326,6 +360,7 @@ class Telemetry:
 
     def snapshot(self) -> Snapshot:
         """Everything counted so far, in a form that can be sent and added up."""
+        self._sort_out()
         families = {
             "headgate_requests_total": self._request_samples(),
             "headgate_stage_seconds": Samples(

@@ -5,6 +5,7 @@ policies must be able to judge an Exchange that `headgate explain` made up.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -68,10 +69,11 @@ class Caller(msgspec.Struct, frozen=True, eq=False):
         return self.organisation or self.team or self.key_id
 
 
-class Exchange(msgspec.Struct):
+@dataclass(slots=True, eq=False)
+class Exchange:
     """One request's life. Fields are grouped by the stage that sets them; `_at` is `time.perf_counter()`.
 
-    A Struct for its constructor: one is made per request.
+    Slots, because they are written some fifty times per request: the attributes of a Struct take five times as long to set.
     """
 
     request_id: str
@@ -144,13 +146,14 @@ class Exchange(msgspec.Struct):
     ended: Ended = "failed"
     error_kind: str = ""
     ended_at: float = 0.0
+    overhead_s: float = 0.0  # of this the gateway's own time
     price: "Price | None" = None
     cost_nanousd: int | None = None  # None: the price or the usage is unknown
     saved_nanousd: int | None = None  # what a cache took off the cost
     on_priced: "Callable[[], None] | None" = None  # a run of a job: who has it ends it, not `settle`
 
-    @property
-    def overhead_s(self) -> float:
-        """The gateway's own time: body read to dispatched, plus answer in hand to handed on. Waiting is not ours."""
-        own = self.dispatched_at - self.read_at - self.waited_s if self.dispatched_at else 0.0
-        return own + (self.relayed_at - self.ready_at if self.relayed_at else 0.0)
+    def end(self, now: float) -> None:
+        """The gateway's own time is body read to dispatched, plus answer in hand to handed on. Waiting is not ours."""
+        self.ended_at = now
+        own_s = self.dispatched_at - self.read_at - self.waited_s if self.dispatched_at else 0.0
+        self.overhead_s = own_s + self.relayed_at - self.ready_at if self.relayed_at else own_s

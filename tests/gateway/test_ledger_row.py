@@ -37,7 +37,7 @@ def an_ended_exchange(**fields) -> Exchange:
     exchange.price = target.price
     exchange.attempts = 2
     exchange.read_at, exchange.dispatched_at = 50.001, 50.002
-    exchange.ready_at, exchange.relayed_at, exchange.ended_at = 51.0, 51.0005, 53.0
+    exchange.ready_at, exchange.relayed_at = 51.0, 51.0005
     exchange.status, exchange.ended, exchange.error_kind = 200, "incomplete", "reset"
     exchange.served_model, exchange.service_tier = "big-2026", "flex"
     exchange.usage, exchange.is_estimated = USAGE, True
@@ -48,6 +48,7 @@ def an_ended_exchange(**fields) -> Exchange:
     exchange.prefilled_by, exchange.prefill_us = "gpu/p", 777
     for name, value in fields.items():
         setattr(exchange, name, value)
+    exchange.end(exchange.ended_at or 53.0)
     return exchange
 
 

@@ -59,7 +59,8 @@ def an_exchange() -> Exchange:
     exchange.candidate = SimpleNamespace(endpoint=SimpleNamespace(name="demo/0"))
     exchange.is_stream = True
     exchange.read_at, exchange.dispatched_at = 100.0001, 100.0003
-    exchange.ready_at, exchange.relayed_at, exchange.ended_at = 100.5, 100.5001, 101.25
+    exchange.ready_at, exchange.relayed_at = 100.5, 100.5001
+    exchange.end(101.25)
     exchange.status, exchange.ended, exchange.attempts = 200, "completed", 1
     exchange.usage = Usage(input_tokens=10, cache_read_tokens=90, output_tokens=5)
     exchange.cost_nanousd = 1_250_000

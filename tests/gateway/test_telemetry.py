@@ -23,7 +23,6 @@ def an_exchange(
     exchange.first_byte_at = 100.303
     exchange.ready_at = 100.303
     exchange.relayed_at = 100.3031
-    exchange.ended_at = 101.003
     exchange.attempts = 1
     exchange.status = status
     exchange.ended = "completed"
@@ -33,6 +32,7 @@ def an_exchange(
     exchange.model = SimpleNamespace(name=model) if model is not None else None
     for name, value in fields.items():
         setattr(exchange, name, value)
+    exchange.end(exchange.ended_at or 101.003)
     return exchange
 
 
