@@ -183,7 +183,14 @@ def _seat(name: str, spec: VllmConfig, slot: int, site: Site) -> Seat:
     port = site.ports.take(name, count, spec.host) if spec.port is None else spec.port + slot * count
     after = port + servers + (servers > 1)
     events = replay = None
-    if spec.kv_events and spec.prefix_caching.enabled is not False and _runner(spec) == "generate":
+    # Ray starts all ranks with one command, and elsewhere the folder of the sockets is not there.
+    is_here = spec.data_parallel.backend != "ray" or spec.data_parallel.size_local == spec.data_parallel.size
+    if (
+        is_here
+        and spec.kv_events
+        and spec.prefix_caching.enabled is not False
+        and _runner(spec) == "generate"
+    ):
         events, replay = (_socket(site.run_directory, name, what) for what in ("kv", "replay"))
     return Seat(
         name=name,
@@ -239,7 +246,7 @@ def _endpoints(spec: VllmConfig, seat: Seat) -> Iterator[EngineEndpoint]:
             kv_replay=_of_rank(seat.kv_replay, rank),
         )
     if data.backend == "ray":
-        # Those that Ray puts elsewhere are behind the same address. Their sockets cannot be reached from here.
+        # Those that Ray puts elsewhere are behind the same address.
         for rank in range(seat.size_local, data.size):
             name, address = (
                 spec.endpoint_name(seat.name, rank),

@@ -1,10 +1,14 @@
 """Chats with a real engine: what they say, what they cost, and which replica they meet."""
 
 import json
+import secrets
 
+import openai
 import pytest
 
 from tests.engine.calls import LONG, ask, said, until, user
+from tests.engine.conftest import OTHER_KEY
+from tests.engine.pools import session_at
 
 pytestmark = pytest.mark.engine
 
@@ -45,10 +49,10 @@ def test_a_chat_is_priced_from_the_engines_own_usage(client, gateway):
     assert float(raw.headers["x-headgate-cost-usd"]) == pytest.approx(row["cost_nanousd"] / 1e9)
 
 
-def test_a_stream_says_the_same_and_costs_the_same_as_the_whole_answer(client, gateway):
-    ask(client, LONG + "first", session="same")
-    whole = ask(client, LONG + "first", session="same")
-    stream = ask(client, LONG + "first", session="same", stream=True)  # cached as much as the second
+def test_a_stream_says_the_same_and_costs_the_same_as_the_whole_answer(client, gateway, sessions):
+    ask(client, LONG + "first", session=sessions[0])
+    whole = ask(client, LONG + "first", session=sessions[0])
+    stream = ask(client, LONG + "first", session=sessions[0], stream=True)  # cached as much as the second
     events = list(stream)
     assert all(event.choices for event in events), (
         "the usage event that the client did not ask for was relayed"
@@ -82,12 +86,26 @@ def test_a_client_that_wants_no_usage_gets_its_way_and_an_estimate(client, gatew
     assert row["cost_nanousd"] > 0
 
 
-def test_a_session_comes_back_to_its_replica_and_pays_the_cached_price(client, gateway):
-    rows = [gateway.row(ask(client, LONG + "agent", session="agent-1")._request_id) for _ in range(4)]
-    assert len({row["endpoint"] for row in rows}) == 1
+def test_a_session_comes_back_to_its_replica_and_pays_the_cached_price(client, gateway, sessions):
+    rows = [gateway.row(ask(client, LONG + "agent", session=sessions[1])._request_id) for _ in range(4)]
+    assert {row["endpoint"] for row in rows} == {"gpu/1"}
     assert {row["cache_read_tokens"] for row in rows[1:]} == {256}  # all full blocks of 32 tokens
     assert rows[1]["cost_nanousd"] == cost_of(rows[1])
     assert rows[1]["saved_nanousd"] == 256 * 900
+
+
+def test_tenants_with_the_same_prompt_share_no_cache(client, gateway):
+    """One that guesses another's prompt is not told by the clock that it was right."""
+    with openai.OpenAI(base_url=gateway.base_url, api_key=OTHER_KEY, max_retries=0, timeout=600) as other:
+        homes = {sdk.api_key: session_at(gateway, sdk, "gpu/0") for sdk in (client, other)}
+        text = f"{secrets.token_hex(4)}: {LONG}"
+        ids = [ask(sdk, text, homes[sdk.api_key])._request_id for sdk in (client, client, other, other)]
+    rows = [gateway.row(request_id) for request_id in ids]
+    assert {row["endpoint"] for row in rows} == {"gpu/0"}
+    cached = [row["cache_read_tokens"] for row in rows]
+    assert cached[0] == cached[2] == 0
+    assert cached[1] == cached[3] >= 256
+    assert [row["cost_nanousd"] for row in rows] == [cost_of(row) for row in rows]
 
 
 def test_sessions_spread_over_the_replicas_and_a_chat_without_one_is_known_by_its_first_turn(client, gateway):
@@ -95,7 +113,8 @@ def test_sessions_spread_over_the_replicas_and_a_chat_without_one_is_known_by_it
     of_sessions = {gateway.row(ask(client, session=f"user-{n}")._request_id)["endpoint"] for n in range(16)}
     of_chats = {gateway.row(ask(client, f"Chat {n}")._request_id)["endpoint"] for n in range(16)}
     assert of_sessions == of_chats == {"gpu/0", "gpu/1"}
-    assert len({gateway.row(ask(client, "Again")._request_id)["endpoint"] for _ in range(4)}) == 1
+    again = [gateway.row(ask(client, "Again")._request_id)["session_state"] for _ in range(4)]
+    assert "new" not in again[1:]
 
 
 def test_the_ledger_adds_up_to_the_engines_own_counters(client, claude, gateway, replicas):

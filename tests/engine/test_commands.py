@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.vllm_process import PYTHON
+from tests.engine.pools import PYTHON
 from tests.local_engine.plan_cases import CASES, plan, preset_plans
 
 pytestmark = pytest.mark.engine

@@ -5,10 +5,11 @@ import openai
 import pytest
 
 from tests.engine.calls import LONG, ask, user
+from tests.engine.conftest import ENGINE_KEY
 
 pytestmark = pytest.mark.engine
 
-TOO_LONG = LONG * 20
+TOO_LONG = LONG * 80
 BUCKETS = ("input_tokens", "cache_read_tokens", "cache_write_5m_tokens", "output_tokens")
 
 
@@ -17,11 +18,11 @@ def buckets_of(row):
     return {name: row[name] for name in BUCKETS}
 
 
-def test_a_response_comes_whole_and_streamed_for_the_same_money(client, gateway):
+def test_a_response_comes_whole_and_streamed_for_the_same_money(client, gateway, sessions):
     call = {"model": "tiny", "input": LONG + "response", "max_output_tokens": 8, "temperature": 0}
-    client.responses.create(**call, extra_headers={"x-session-id": "r"})
-    whole = client.responses.create(**call, extra_headers={"x-session-id": "r"})
-    stream = client.responses.create(**call, extra_headers={"x-session-id": "r"}, stream=True)
+    client.responses.create(**call, extra_headers={"x-session-id": sessions[0]})
+    whole = client.responses.create(**call, extra_headers={"x-session-id": sessions[0]})
+    stream = client.responses.create(**call, extra_headers={"x-session-id": sessions[0]}, stream=True)
     events = list(stream)
     assert events[0].type == "response.created"
     assert events[-1].type in {"response.completed", "response.incomplete"}
@@ -34,14 +35,14 @@ def test_a_response_comes_whole_and_streamed_for_the_same_money(client, gateway)
     assert row["output_tokens"] == whole.usage.output_tokens == 8
 
 
-def test_a_message_comes_whole_and_streamed_for_the_same_money(claude, gateway):
+def test_a_message_comes_whole_and_streamed_for_the_same_money(claude, gateway, sessions):
     """The first event of vLLM's stream knows nothing of its cache: the last one counts."""
     call = {
         "model": "tiny",
         "messages": user(LONG + "message"),
         "max_tokens": 8,
         "extra_body": {"temperature": 0},
-        "extra_headers": {"x-session-id": "m"},
+        "extra_headers": {"x-session-id": sessions[0]},
     }
     claude.messages.create(**call)
     whole = claude.messages.create(**call)
@@ -56,13 +57,13 @@ def test_a_message_comes_whole_and_streamed_for_the_same_money(claude, gateway):
     assert row["input_tokens"] == whole.usage.input_tokens
 
 
-def test_a_completion_comes_whole_and_streamed_for_the_same_money(client, gateway):
+def test_a_completion_comes_whole_and_streamed_for_the_same_money(client, gateway, sessions):
     call = {
         "model": "tiny",
         "prompt": LONG + "completion",
         "max_tokens": 8,
         "temperature": 0,
-        "extra_headers": {"x-session-id": "c"},
+        "extra_headers": {"x-session-id": sessions[0]},
     }
     client.completions.create(**call)
     whole = client.completions.create(**call)
@@ -144,7 +145,7 @@ def test_a_client_cannot_choose_the_engines_rank(client, replicas):
     """The engine answers 400 to a rank it does not have."""
     rank = {"x-data-parallel-rank": "7"}
     with (
-        openai.OpenAI(base_url=replicas[0].base_url, api_key="-", default_headers=rank) as direct,
+        openai.OpenAI(base_url=replicas[0].base_url, api_key=ENGINE_KEY, default_headers=rank) as direct,
         pytest.raises(openai.BadRequestError, match="rank"),
     ):
         ask(direct)

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tests.engine.calls import user
-from tests.engine.vllm_process import MODELS, PYTHON
+from tests.engine.pools import MODELS, PYTHON, STAYS_DEAD
 from tests.support.engine_pool import EnginePool
 from tests.support.gateway_process import KEY
 
@@ -39,8 +39,9 @@ SPEC = {
     "kv_cache_memory_bytes": 64 << 20,
     "prefix_caching": {"block_size": 32},
     "env": {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    "shutdown_timeout_s": 1,
     # A new engine is slow to come here, and not what is tested.
-    "supervision": {"backoff_s": 300.0, "backoff_max_s": 300.0},
+    "supervision": STAYS_DEAD,
 }
 
 

@@ -17,8 +17,7 @@ import anthropic
 import openai
 import pytest
 
-from tests.engine.pools import READY_S
-from tests.engine.vllm_process import MODELS
+from tests.engine.pools import MODELS, READY_S
 from tests.support.gateway_process import ROOT
 
 pytestmark = pytest.mark.engine

@@ -3,7 +3,9 @@
 vLLM's CPU build cannot compute with experts on several ranks; `plugin/` supplies what it lacks, for tests only.
 """
 
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,23 +14,24 @@ import openai
 import pytest
 
 from tests.engine.calls import LONG, ask, until
-from tests.engine.pools import a_pool, supervised
-from tests.support.gateway_process import KEY, Gateway
+from tests.engine.pools import STAYS_DEAD, Engine, a_pool, supervised
+from tests.support.engine_pool import EnginePool, any_alive
+from tests.support.gateway_process import KEY
 
 pytestmark = pytest.mark.engine
 
 PLUGIN = Path(__file__).parent / "plugin/headgate_cpu_experts.py"
 POOLS = {
-    "one": {},
+    "gpu": {},
     "tensor": {"tensor_parallel_size": 2, "expert_parallel": {}},
-    "ranks": {"data_parallel": {"size": 2}, "expert_parallel": {}},
+    "ranks": {"data_parallel": {"size": 2}, "expert_parallel": {}, "supervision": STAYS_DEAD},
 }
 RANKS = ("ranks/0.r0", "ranks/0.r1")
 PROMPTS = [f"Question {n}: " + "the water and the channel, " * (3 * n) for n in range(12)]
 
 
 @pytest.fixture(scope="module")
-def gateway(tmp_path_factory) -> Iterator[Gateway]:
+def gateway(tmp_path_factory) -> Iterator[EnginePool]:
     """All engines start side by side. In float32: rounding would choose other experts, and so other words."""
     path = installed(tmp_path_factory.mktemp("plugin"))
     pools = {
@@ -37,9 +40,15 @@ def gateway(tmp_path_factory) -> Iterator[Gateway]:
     }
     pools["ranks"]["placement"] = {"policy": "prefix", "kv_events": True, "tokenize_timeout_s": 30}
     models = {name: {"targets": [{"pool": name, "model": "tiny"}], "price": {"input": 1.0}} for name in pools}
-    engines = {"starts_at_once": len(pools)}
-    running = Gateway(tmp_path_factory.mktemp("experts"), pools=pools, models=models, engines=engines)
-    with supervised(running, "one/0", "tensor/0", *RANKS):
+    running = EnginePool(
+        tmp_path_factory.mktemp("experts"),
+        pools.pop("gpu")["vllm"],
+        workers=1,
+        more_pools=pools,
+        models=models,
+        engines={"starts_at_once": len(POOLS)},
+    )
+    with supervised(running, "gpu/0", "tensor/0", *RANKS):
         yield running
 
 
@@ -74,7 +83,7 @@ def answers(client, model):
 
 @pytest.fixture(scope="module")
 def alone(client):
-    return answers(client, "one")
+    return answers(client, "gpu")
 
 
 @pytest.mark.parametrize("model", ["tensor", "ranks"])
@@ -131,3 +140,26 @@ def test_each_rank_tells_its_own_load_and_its_own_cache(client, gateway):
         until(lambda: seen()[target]["running"] == 1 and seen()[other]["running"] == 0, 60)
     finally:
         stream.close()
+
+
+def test_a_rank_that_dies_takes_the_others_along_and_nobody_is_left_waiting(client, gateway):
+    """vLLM's server then hangs for some seconds, well by its own `/health`, before it ends. Nothing is alive after this."""
+    stream = ask(
+        client,
+        "Endless",
+        "nobody",
+        model="ranks",
+        stream=True,
+        max_tokens=3900,
+        extra_body={"ignore_eos": True},
+    )
+    next(stream)
+    (other,) = set(RANKS) - {stream.response.headers["x-headgate-target"]}
+    everything = gateway.processes("ranks/0")
+    os.kill(Engine(gateway, "ranks/0").core(f"EngineCore_DP{other[-1]}"), signal.SIGKILL)
+    with pytest.raises(openai.APIError):
+        list(stream)
+    until(lambda: gateway.engines()["ranks/0"]["state"] == "backing_off")
+    assert not any_alive(set(everything))
+    states = {told["name"]: told["state"] for told in gateway.manage("/api/status")["endpoints"]}
+    assert all(states[rank] != "up" for rank in RANKS)

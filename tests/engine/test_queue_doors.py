@@ -2,34 +2,13 @@
 
 import json
 import time
-from collections.abc import Iterator
 
-import openai
 import pytest
-
-from tests.support.gateway_process import KEY, Gateway
 
 pytestmark = pytest.mark.engine
 
 ENDED = {"completed", "failed", "cancelled", "expired", "incomplete"}
 URL = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def queued(engines, tmp_path_factory) -> Iterator[Gateway]:
-    pools = {"gpu": {"endpoints": [replica.base_url for replica in engines.chat]}}
-    models = {"tiny": {"targets": [{"pool": "gpu"}], "price": {"input": 1.0, "output": 4.0}}}
-    directory = tmp_path_factory.mktemp("queued")
-    with Gateway(directory, queue={"enabled": True}, pools=pools, models=models) as running:
-        yield running
-        log = running.log()
-    assert "Traceback" not in log, log[-8000:]
-
-
-@pytest.fixture(scope="module")
-def sdk(queued) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=queued.base_url, api_key=KEY, max_retries=0, timeout=120) as client:
-        yield client
 
 
 def ended(ask):
@@ -40,16 +19,16 @@ def ended(ask):
     return found
 
 
-def test_a_background_response_is_polled(sdk):
-    made = sdk.responses.create(model="tiny", input="hello", background=True, max_output_tokens=8)
+def test_a_background_response_is_polled(client):
+    made = client.responses.create(model="tiny", input="hello", background=True, max_output_tokens=8)
     assert made.status == "queued"
-    response = ended(lambda: sdk.responses.retrieve(made.id))
+    response = ended(lambda: client.responses.retrieve(made.id))
     assert response.status in {"completed", "incomplete"}
     assert (response.id, response.usage.output_tokens) == (made.id, 8)
 
 
-def test_a_background_stream_is_left_and_read_again(sdk, queued):
-    stream = sdk.responses.create(
+def test_a_background_stream_is_left_and_read_again(client, gateway):
+    stream = client.responses.create(
         model="tiny", input="hello", background=True, stream=True, max_output_tokens=32
     )
     seen = []
@@ -60,16 +39,16 @@ def test_a_background_stream_is_left_and_read_again(sdk, queued):
     stream.close()
     response_id = seen[0].response.id
     number = seen[-1].sequence_number
-    rest = list(sdk.responses.retrieve(response_id, stream=True, starting_after=number))
+    rest = list(client.responses.retrieve(response_id, stream=True, starting_after=number))
     numbers = [event.sequence_number for event in seen + rest]
     assert numbers == list(range(len(numbers)))
     assert rest[-1].type in {"response.completed", "response.incomplete"}
     assert rest[-1].response.id == response_id
-    row = queued.row(response_id, within_s=60)
+    row = gateway.row(response_id, within_s=60)
     assert (row["output_tokens"], row["attempts"]) == (32, 1)
 
 
-def test_a_batch_is_answered(sdk):
+def test_a_batch_is_answered(client):
     lines = [
         {
             "custom_id": f"r{n}",
@@ -80,17 +59,17 @@ def test_a_batch_is_answered(sdk):
         for n in range(12)
     ]
     data = "\n".join(map(json.dumps, lines)).encode()
-    file = sdk.files.create(file=("in.jsonl", data), purpose="batch")
-    made = sdk.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h")
-    batch = ended(lambda: sdk.batches.retrieve(made.id))
+    file = client.files.create(file=("in.jsonl", data), purpose="batch")
+    made = client.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h")
+    batch = ended(lambda: client.batches.retrieve(made.id))
     assert (batch.status, batch.request_counts.completed) == ("completed", 12)
-    output = [json.loads(line) for line in sdk.files.content(batch.output_file_id).text.splitlines()]
+    output = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
     assert {each["custom_id"] for each in output} == {f"r{n}" for n in range(12)}
     assert batch.usage.output_tokens == 48
 
 
-def test_the_native_form_is_answered(queued):
-    status, _, body = queued.post("/client/v4/accounts/a/ai/run/tiny", {"prompt": "hello", "max_tokens": 4})
+def test_the_native_form_is_answered(gateway):
+    status, _, body = gateway.post("/client/v4/accounts/a/ai/run/tiny", {"prompt": "hello", "max_tokens": 4})
     result = json.loads(body)["result"]
     assert status == 200
     assert isinstance(result["response"], str)

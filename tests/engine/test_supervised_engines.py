@@ -6,11 +6,11 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
+import openai
 import pytest
 
-from tests.engine.vllm_process import MODELS, PYTHON
+from tests.engine.pools import MODELS, PYTHON, Engine, session_at
 from tests.support.engine_pool import (
     EnginePool,
     a_load,
@@ -57,17 +57,6 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePool]:
     assert "Traceback" not in running.log(), running.log()[-8000:]
 
 
-def core_of(gateway: EnginePool, name: str) -> int:
-    """The process that computes; it has another name than the one that speaks HTTP."""
-    cores = [
-        one.pid
-        for one in gateway.processes(name)
-        if "EngineCore" in Path(f"/proc/{one.pid}/cmdline").read_text()
-    ]
-    assert len(cores) == 1, cores
-    return cores[0]
-
-
 @pytest.mark.parametrize("which", ["main", "core"])
 async def test_a_killed_engine_costs_only_streams_it_had_begun_and_comes_back_without_help(gateway, which):
     await gateway.until(lambda: gateway.states() == ["ready", "ready"], START_S)
@@ -77,7 +66,7 @@ async def test_a_killed_engine_costs_only_streams_it_had_begun_and_comes_back_wi
         before = gateway.engines()["gpu/0"]
         victims = set(gateway.processes("gpu/0"))
         killed_at = time.perf_counter()
-        kill(gateway.main_process("gpu/0") if which == "main" else core_of(gateway, "gpu/0"))
+        kill(gateway.main_process("gpu/0") if which == "main" else Engine(gateway, "gpu/0").core())
         await gateway.until(lambda: gateway.engines()["gpu/0"]["pid"] not in (None, before["pid"]), START_S)
         await gateway.until(lambda: gateway.states() == ["ready", "ready"], START_S)
         back_s = time.perf_counter() - killed_at
@@ -116,7 +105,8 @@ async def test_a_rolling_restart_at_steady_load_fails_no_request(gateway):
 async def test_an_engine_that_somebody_else_told_to_end_refuses_what_another_then_answers(gateway):
     """vLLM finishes what it has, says 200 on `/health`, and 500 to everything new."""
     await gateway.until(lambda: gateway.states() == ["ready", "ready"], START_S)
-    session = await asyncio.to_thread(session_at, gateway, "gpu/0")
+    with openai.OpenAI(base_url=gateway.base_url, api_key=KEY, max_retries=0, timeout=START_S) as sdk:
+        session = await asyncio.to_thread(session_at, gateway, sdk, "gpu/0", MODEL)
     long = {**CHAT, "stream": True, "max_tokens": 4000, "ignore_eos": True}
     stream = await RawClient.connect(gateway.port, timeout_s=60)
     await stream.send(request_bytes(long, session))
@@ -142,15 +132,6 @@ async def test_an_engine_that_somebody_else_told_to_end_refuses_what_another_the
     await gateway.until(lambda: gateway.states() == ["ready", "ready"], START_S)
 
 
-def session_at(gateway: EnginePool, endpoint: str) -> str:
-    """One whose home this is."""
-    for number in range(64):
-        _, headers, _ = gateway.post("/v1/chat/completions", CHAT, {"x-session-id": f"s{number}"})
-        if headers["x-headgate-target"] == endpoint:
-            return f"s{number}"
-    raise AssertionError(f"64 sessions, and none went to {endpoint}")
-
-
 def request_bytes(body: dict[str, object], session: str) -> bytes:
     content = json.dumps(body).encode()
     return (
@@ -174,13 +155,9 @@ def test_engines_of_a_killed_gateway_serve_the_next_one_and_end_without_any(gate
 
 def test_a_start_that_fails_says_why(tmp_path):
     """vLLM's own words, through the supervisor to the operator."""
-    pools = {
-        "flag": SPEC | {"replicas": 1, "extra_args": ["--no-such-flag", "3"]},
-        "small": SPEC | {"replicas": 1, "kv_cache_memory_bytes": 65536},
-    }
-    settings = {"more_pools": {name: {"vllm": spec} for name, spec in pools.items()}}
-    with EnginePool(tmp_path, SPEC | {"replicas": 1, "scale": {"min": 0, "max": 1}}, **settings) as gateway:
-        gateway.act("scale", replicas=0)
-        gateway.wait(lambda: all(gateway.engines()[f"{name}/0"]["cause"] for name in pools), START_S)
-        assert "unrecognized arguments: --no-such-flag" in gateway.engines()["flag/0"]["cause"]
+    flag = SPEC | {"replicas": 1, "extra_args": ["--no-such-flag", "3"]}
+    small = SPEC | {"replicas": 1, "kv_cache_memory_bytes": 65536}
+    with EnginePool(tmp_path, flag, more_pools={"small": {"vllm": small}}) as gateway:
+        gateway.wait(lambda: all(engine["cause"] for engine in gateway.engines().values()), START_S)
+        assert "unrecognized arguments: --no-such-flag" in gateway.engines()["gpu/0"]["cause"]
         assert "the KV cache holds less than one sequence" in gateway.engines()["small/0"]["cause"]
