@@ -110,7 +110,7 @@ class QueueRun:
         with self._upstream:
             async with self._receiver.receiving():
                 gateway = self._gateway()
-                await asyncio.to_thread(gateway.start)
+                await asyncio.to_thread(gateway.start, _START_S)
                 try:
                     began_at = time.perf_counter()
                     clients = [asyncio.create_task(self._client([gateway], n)) for n in range(SUBMITTERS)]
