@@ -239,6 +239,7 @@ class App:
                 settler=self._settler,
                 ledger=self._ledger,
                 waiting=self._room.sizes,
+                want=self._waking.want,
                 budget_used=self._budget_used,
                 processes=_workers(self._config),
                 pepper=pepper,

@@ -61,7 +61,7 @@ class QueueConfig(Section):
     """How many replicas of Redis must have a job before it is accepted; a second without them is a 503."""
     attempts: int = Field(default=5, ge=1, le=20)
     """Tries of a job that fails through no fault of its own; then it is dead, and an operator may replay it."""
-    reserve: float = Field(default=0.05, ge=0, lt=1)
+    reserve: float = Field(default=0.07, ge=0, lt=1)
     """Share of each endpoint's slots, and of a provider's rates, that jobs leave free; of slots one at least."""
     running: int = Field(default=256, ge=1, le=65_536)
     """Jobs that run at once in one worker for one pool, at most; how many it really is is learned."""

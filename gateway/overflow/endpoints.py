@@ -168,7 +168,7 @@ class Endpoints:
             if declared.id == name and declared.tenant == tenant:
                 return declared.receiver() if declared.is_on and declared.wants(event) else None
         await self._refresh()
-        if not name.startswith(_PREFIX):
+        if not is_endpoint(name):
             return Receiver(name, self.secrets_of(self._of_requests(tenant)), settings.allowed)
         stored = self._stored.get(name)
         if (
@@ -268,6 +268,11 @@ class Endpoints:
         if is_now or not 0 <= now_time - self._asked_time < _REMEMBERED_S:
             self._stored = {each.id: each for each in await self._store.all()}
             self._asked_time = now_time
+
+
+def is_endpoint(name: str) -> bool:
+    """Whether a receiver's name, as jobs carry it, is that of an endpoint; else it is the URL that a request brought along."""
+    return name.startswith(_PREFIX)
 
 
 def _matches(pattern: str, event: str) -> bool:

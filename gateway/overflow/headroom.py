@@ -53,17 +53,20 @@ class Load(NamedTuple):
 
 
 class Headroom:
-    """One per worker. `waiting` says how many interactive requests wait for each pool; `processes`: how many of us."""
+    """One per worker. `waiting` says how many interactive requests wait for each pool; `processes`: how many of us;
+    `want` is told of pools of ours that there are jobs for and none of whose engines takes requests."""
 
     def __init__(
         self,
         settings: Callable[[], QueueConfig],
         waiting: Callable[[], dict[str, int]],
         processes: int,
+        want: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._settings = settings
         self._waiting = waiting
         self._processes = processes
+        self._want = want
         self._gates: dict[str, _Gate] = {}
         self.is_ramping = False  # a moment later there may be more room, without anything that would tell
 
@@ -76,6 +79,9 @@ class Headroom:
         busy = None
         for target in model.targets:
             pool = target.pool
+            if all(endpoint.is_draining for endpoint in pool.endpoints):
+                self._want(pool.name)  # asleep, perhaps; a job that went there now would only wait elsewhere
+                continue
             if runtime.health.is_down(pool.endpoints, now):
                 continue
             gate = self._gate(pool.name, now, is_bounded=all(e.max_in_flight for e in pool.endpoints))
@@ -112,10 +118,11 @@ class Headroom:
     def _count(self, pool: Pool, gate: _Gate, load: Load, now: float) -> int:
         if not gate.rates.is_open(now):
             return 0
-        if is_congested(pool.endpoints, now):
+        reserve = self._settings().reserve
+        if is_congested(pool.endpoints, now, reserve):
             gate.limit.crowded(now)
             return 0
-        idle = idle_slots(pool.endpoints, now, self._settings().reserve) - load.unsent.get(pool.name, 0)
+        idle = idle_slots(pool.endpoints, now, reserve) - load.unsent.get(pool.name, 0)
         running = load.running.get(pool.name, 0)
         room = min(idle, gate.limit.room(running, now))
         slots = sum(endpoint.max_in_flight for endpoint in pool.endpoints) / self._processes

@@ -232,6 +232,7 @@ class NewParent(msgspec.Struct, frozen=True, kw_only=True):
     expires_in_s: float = 86_400.0  # of the parent; each child has its own as well
     keep_s: float = 86_400.0
     webhook: str = ""
+    announces: str = ""  # of `webhook`, who hears of its being handed in, too: rows of the state `queued`
     details: bytes = b""  # opaque: the door's own record of it
     idempotency: IdempotencyKey | None = None
 

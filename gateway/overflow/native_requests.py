@@ -13,6 +13,7 @@ from msgspec import Raw
 
 from gateway.http_rules import Refusal
 from gateway.overflow.batch_output import add_usage
+from gateway.overflow.endpoints import is_endpoint
 from gateway.overflow.job import Job, JobClass, JobFilter, NewParent, Parent, Result
 from gateway.overflow.store import QueueStore
 from gateway.overflow.submit import Submitter, Wish, idempotency_of
@@ -109,6 +110,8 @@ class NativeRequests:
             is_finalized=False,
             expires_in_s=options.deadline_s or _MOST_DEADLINE_S,
             webhook=webhook,
+            # Whoever names a URL for this one request is told once, how it ended.
+            announces=" ".join(name for name in webhook.split() if is_endpoint(name)),
             details=encode(NativeRecord(model)),
             idempotency=idempotency_of(caller, f"/ai/run/{model}", idempotency_key, encode(fields)),
         )

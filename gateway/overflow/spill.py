@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, NamedTuple
 
 from gateway.errors import answer_headers, denial_answer, stream_event
@@ -20,19 +20,21 @@ from gateway.inbound import Request
 from gateway.intake import Message
 from gateway.overflow.config import HoldConfig, QueueConfig
 from gateway.overflow.held import Held, HeldStore, scope_of
-from gateway.overflow.job import Job, Result
+from gateway.overflow.job import Door, Job, Result
 from gateway.overflow.job_view import accepted, ended_badly, still_held
 from gateway.overflow.stand_in import Pairs, read_head_event, read_kept_headers
 from gateway.overflow.store import QueueStore, StoreAwayError
 from gateway.overflow.submit import Submitter, Wish
 from gateway.overflow.watching import Watch
 from gateway.runtime import Runtime
+from gateway.stores.sqlite import StorageError
 from policies.access import may_use
-from policies.exchange import Exchange
+from policies.exchange import Caller, Exchange
 from policies.verdict import Denial
 
 ASKS_FOR_QUEUE: Final = b"x-headgate-on-full"
 _IDEMPOTENCY: Final = b"idempotency-key"
+_WEBHOOK: Final = b"x-headgate-webhook"
 _RENEW_S: Final = 5.0
 _LEASE_S: Final = 15.0  # after which the job of a worker that was killed may be taken up
 _LOOK_S: Final = 0.5
@@ -49,11 +51,13 @@ _log = logging.getLogger(__name__)
 
 
 class SpillParts(NamedTuple):
-    """What spilling is made of. `hint` is told the lane of a new job, `cancelled` the id of one that is no longer wanted."""
+    """What spilling is made of. `hint` is told the lane of a new job, `cancelled` the id of one that is no longer wanted;
+    `receivers` names who hears of a tenant's job, given the URL of its request."""
 
     store: QueueStore
     submitter: Submitter
     held: HeldStore
+    receivers: Callable[[str, Door, str], Awaitable[str]]
     watch: Watch
     runtime: Callable[[], Runtime]
     settings: Callable[[], QueueConfig]
@@ -99,6 +103,13 @@ class Spill:
             return False
         if not asked and "queue" not in (exchange.on_full, model.on_full) and model.on_full != "hold":
             return False
+        try:
+            webhook = await self._receivers(caller, request) if asked else ""
+        except ValueError as error:
+            return Denial(400, "invalid_webhook", f"`x-headgate-webhook`: {error}")
+        except (StorageError, StoreAwayError) as error:
+            _log.error("a request cannot be queued: %s", error)
+            return _AWAY
         # It reserves again when it runs: what it has now would count twice.
         for settle in self._parts.runtime().hooks.settle:
             settle(exchange, time.perf_counter())
@@ -113,6 +124,7 @@ class Spill:
             keep_s=None if asked else max(60.0, 2 * hold.attach_s),
             # A 202 that got lost: the repetition is told of the same job. Held ones are found by their scope.
             idempotency_key=request.headers.get(_IDEMPOTENCY, b"") if asked else b"",
+            webhook=webhook,
         )
         job = await self._parts.submitter.submit(wish)
         if isinstance(job, Denial):
@@ -126,6 +138,10 @@ class Spill:
         scope = scope_of(caller, request.path, message.body, request.headers.get(_IDEMPOTENCY, b""))
         await self._serve(Held(job.id, caller.tenant, scope), exchange, request, hold)
         return True
+
+    async def _receivers(self, caller: Caller, request: Request) -> str:
+        url = request.headers.get(_WEBHOOK, b"").decode("latin-1")
+        return await self._parts.receivers(caller.tenant, "job", url)
 
     async def take_up(self, exchange: Exchange, request: Request, message: Message) -> bool:
         """Whether it is the repetition of a request whose job is still there; then it is answered."""

@@ -41,7 +41,8 @@ from policies.exchange import Exchange
 
 
 class Surroundings(NamedTuple):
-    """What the queue uses of its worker. `waiting`: interactive requests that wait, by pool."""
+    """What the queue uses of its worker. `waiting`: interactive requests that wait, by pool; `want` is told of pools that
+    there are jobs for and whose engines may be asleep."""
 
     config: Callable[[], Config]
     runtime: Callable[[], Runtime]
@@ -49,6 +50,7 @@ class Surroundings(NamedTuple):
     settler: Settler
     ledger: Ledger
     waiting: Callable[[], dict[str, int]]
+    want: Callable[[str], None]
     budget_used: Callable[[Exchange], float]
     processes: int
     pepper: bytes
@@ -68,15 +70,21 @@ class WorkerQueue:
         submitter = Submitter(store, admission)
         self._flow = SettledFlow(store, owner, around.ledger.enter)
         runner = Runner(store, around.handle, around.settler, around.runtime, self._changed)
-        self._headroom = Headroom(lambda: around.config().queue, around.waiting, around.processes)
+        self._headroom = Headroom(
+            lambda: around.config().queue, around.waiting, around.processes, around.want
+        )
         self.drawing = Drawing(
             store, owner, runner, self._headroom, around.runtime, config.queue.result_bytes
+        )
+        self._endpoints = Endpoints(
+            lambda: around.config().queue.webhooks, open_endpoints(config), around.pepper
         )
         self.spill = Spill(
             SpillParts(
                 store,
                 submitter,
                 self._held,
+                self._endpoints.names,
                 self.watch,
                 around.runtime,
                 lambda: around.config().queue,
@@ -85,9 +93,6 @@ class WorkerQueue:
             )
         )
         files = Files(open_shelf(config, bodies), lambda: around.config().queue.files)
-        self._endpoints = Endpoints(
-            lambda: around.config().queue.webhooks, open_endpoints(config), around.pepper
-        )
         self.doors = Doors(
             store,
             submitter,

@@ -120,11 +120,19 @@ def end(connection: Connection, row: JobRow, how: End, now_time: float) -> None:
     if how.state != "dead":  # a dead one may be replayed
         connection.execute("DELETE FROM payload WHERE seq = ?", (row.seq,))
     if row.webhook:
-        tell(connection, row, now_time, is_parent=False)
+        tell(connection, row, now_time, row.webhook, row.state, is_parent=False)
 
 
-def tell(connection: Connection, row: JobRow | ParentRow, now_time: float, *, is_parent: bool) -> None:
-    """Each of its webhooks is to hear of the state it is in."""
+def tell(
+    connection: Connection,
+    row: JobRow | ParentRow,
+    now_time: float,
+    webhooks: str,
+    state: str,
+    *,
+    is_parent: bool,
+) -> None:
+    """Each of these webhooks is to hear of the state it is in."""
     connection.executemany(
         "INSERT INTO outbox (id, subject, tenant, door, is_parent, state, webhook, created_time, next_time) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -135,12 +143,12 @@ def tell(connection: Connection, row: JobRow | ParentRow, now_time: float, *, is
                 row.tenant,
                 row.door,
                 int(is_parent),
-                row.state,
+                state,
                 webhook,
                 now_time,
                 now_time,
             )
-            for webhook in row.webhook.split()
+            for webhook in webhooks.split()
         ],
     )
 
@@ -221,4 +229,4 @@ def end_parent(connection: Connection, parent: ParentRow, state: str, now_time: 
     )
     parent.state, parent.finished_time = state, now_time
     if parent.webhook:
-        tell(connection, parent, now_time, is_parent=True)
+        tell(connection, parent, now_time, parent.webhook, parent.state, is_parent=True)

@@ -67,7 +67,7 @@ local function make(state, owner)
   if found then return found, false end
   local row = {}
   for name, value in pairs(new) do row[name] = value end
-  row.expires_in_s = nil
+  row.expires_in_s, row.announces = nil, nil
   local created = new.created_time or now
   row.seq, row.state, row.fence, row.owner = call('INCR', P .. 'seq'), state, 1, owner
   row.lease_until_time = owner ~= '' and now + LEASE_S or nil
@@ -88,6 +88,13 @@ local function put(row)
   if row.state == 'validating' then at_work(row, true) end
   if row.owner ~= '' then call('SADD', P .. 'took:' .. row.owner, 'p' .. row.id) end
   if row.scope then remember(row.scope, row.id) end
+end
+
+-- That it was handed in. Who wrote its promise down before `announces` was known says nothing of it.
+local function announce(row)
+  for webhook in string.gmatch(arg.parent.announces or '', '%S+') do
+    tell_one(row.id, row.tenant, row.door, 1, 'queued', webhook)
+  end
 end
 
 local function sizes()
@@ -115,6 +122,7 @@ function do_verb.submit_all()
     refused = over_caps(row.tenant, arg.limits, jobs, size)
     if refused then return refused end
     put(row)
+    announce(row)
     add(row, 'queued', BINARY + 2)
     settle_parent(load_parent(row.id))
   end

@@ -17,6 +17,7 @@ from gateway.stores.queue_moves import (
     end_parent,
     move,
     settle_parent,
+    tell,
 )
 from gateway.stores.queue_schema import ParentRow, find_parent, job_rows, parent_row
 from gateway.stores.sqlite import Connection
@@ -31,6 +32,7 @@ def submit_all(
     if is_new:
         check_caps(connection, parent.tenant, limits, len(jobs), sum(job_bytes(each.job) for each in jobs))
         _put(connection, row, now_time, "")
+        tell(connection, row, now_time, parent.announces, "queued", is_parent=True)
         _add(connection, row, jobs, now_time, is_staged=False)
         _weigh(connection, jobs, limits)
         row = find_parent(connection, row.id) or row

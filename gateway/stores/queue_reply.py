@@ -151,6 +151,7 @@ def plain_parent(parent: NewParent) -> dict[str, Any]:
         "expires_in_s": parent.expires_in_s,
         "keep_s": parent.keep_s,
         "webhook": parent.webhook,
+        "announces": parent.announces,
     }
     return _with_scope(plain, parent.idempotency)
 

@@ -63,6 +63,7 @@ function do_verb.restore_parent()
     if child then row[child] = row[child] + 1 end
   end
   put(row)
+  announce(row)
   settle_parent(load_parent(row.id))
   return {'ok', 1}
 end

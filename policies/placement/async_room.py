@@ -28,11 +28,27 @@ _LONGEST_STEP_S: Final = 0.1
 def idle_slots(endpoints: Sequence[EndpointLoad], now: float, reserve: float) -> int:
     """Requests that could be sent to these endpoints now without any of them having to wait there.
 
-    Of every endpoint the share `reserve` of its slots stays free, one at least if it has more than one. One whose engine has requests waiting, or
+    Of every endpoint the share `reserve` of its slots stays free, one at least if it has more than one. One in whose engine requests queue, or
     whose KV memory is as full as it may be, has none to give; nor has one whose figures are stale, for what cannot be
     seen cannot be protected. Endpoints that cannot be looked into (a provider's) give any number: their limit is learned.
     """
     return sum(_idle(endpoint, now, reserve) for endpoint in endpoints)
+
+
+def _kept(endpoint: EndpointLoad, reserve: float) -> int:
+    """Slots that stay free for others."""
+    return max(1, ceil(endpoint.max_in_flight * reserve)) if reserve else 0
+
+
+def _has_queue(endpoint: EndpointLoad, reserve: float) -> bool:
+    """Whether requests wait in the engine for longer than until its next step.
+
+    Whoever has just come waits so long in every engine: as many as are kept free for them, while there are slots, are no
+    queue. Taken for one, they closed the gate for a second, every third second (measured; decision 0035).
+    """
+    if not endpoint.max_in_flight or endpoint.running + endpoint.waiting > endpoint.max_in_flight:
+        return endpoint.waiting > 0
+    return endpoint.waiting > _kept(endpoint, reserve)
 
 
 def _idle(endpoint: EndpointLoad, now: float, reserve: float) -> int:
@@ -40,13 +56,14 @@ def _idle(endpoint: EndpointLoad, now: float, reserve: float) -> int:
         return 0
     is_seen = endpoint.scraped_at > 0.0
     if is_seen and (
-        now >= endpoint.fresh_until or endpoint.waiting or endpoint.kv_usage >= KV_FULL * (1.0 - reserve)
+        now >= endpoint.fresh_until
+        or _has_queue(endpoint, reserve)
+        or endpoint.kv_usage >= KV_FULL * (1.0 - reserve)
     ):
         return 0
     if not endpoint.max_in_flight:
         return _UNKNOWN
-    kept = max(1, ceil(endpoint.max_in_flight * reserve)) if reserve else 0
-    slots = max(1, endpoint.max_in_flight - kept)
+    slots = max(1, endpoint.max_in_flight - _kept(endpoint, reserve))
     # Each process takes its part, or they would all take the same.
     ours = -(-slots // endpoint.processes) - endpoint.in_flight
     if is_seen:
@@ -58,9 +75,9 @@ def _idle(endpoint: EndpointLoad, now: float, reserve: float) -> int:
     return max(0, ours)
 
 
-def is_congested(endpoints: Sequence[EndpointLoad], now: float) -> bool:
-    """Whether requests wait inside any of the engines: more is in flight than they can hold."""
-    return any(endpoint.waiting and now < endpoint.fresh_until for endpoint in endpoints)
+def is_congested(endpoints: Sequence[EndpointLoad], now: float, reserve: float) -> bool:
+    """Whether requests queue inside any of the engines: more is in flight than they can hold."""
+    return any(now < endpoint.fresh_until and _has_queue(endpoint, reserve) for endpoint in endpoints)
 
 
 class AsyncLimit:

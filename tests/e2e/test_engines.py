@@ -2,6 +2,7 @@
 
 import json
 import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,7 +22,7 @@ from tests.support.engine_pool import (
     is_alive,
     kill,
 )
-from tests.support.gateway_process import OPERATOR_KEY, ROOT
+from tests.support.gateway_process import KEY, OPERATOR_KEY, ROOT
 from tests.support.load import MODEL
 
 pytestmark = pytest.mark.e2e
@@ -49,7 +50,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePool]:
         "seldom": {"targets": [{"pool": "seldom", "model": "org/tiny"}], "price": PRICE},
     }
     directory = tmp_path_factory.mktemp("gateway")
-    with EnginePool(directory, spec, more_pools=more, models=models) as running:
+    with EnginePool(directory, spec, more_pools=more, models=models, queue={"enabled": True}) as running:
         running.wait(lambda: running.states() == ["ready", "ready", "planned"])
         yield running
         everything = everything_of(running)
@@ -208,3 +209,21 @@ def test_a_pool_nobody_uses_goes_to_zero_and_requests_wake_it_unless_the_operato
     gateway.wait(lambda: gateway.states("seldom")[0] == "ready")
     headgate(gateway, "sleep", "seldom")
     gateway.wait(lambda: gateway.states("seldom") == ["planned"] * 2)
+
+
+def test_a_job_wakes_the_pool_that_it_waits_for(gateway):
+    gateway.wait(lambda: gateway.states("seldom") == ["planned"] * 2 and gateway.pool("seldom")["is_asleep"])
+    job = {"endpoint": "/v1/chat/completions", "body": {**CHAT, "model": "seldom"}}
+    status, _, answer = gateway.post("/v1/jobs", job)
+    assert status == 202, answer
+    path = f"http://127.0.0.1:{gateway.port}/v1/jobs/{json.loads(answer)['id']}"
+    request = urllib.request.Request(path, headers={"authorization": f"Bearer {KEY}"})
+    found = {}
+
+    def has_succeeded():
+        with urllib.request.urlopen(request, timeout=30) as told:
+            found.update(json.loads(told.read()))
+        return found["status"] == "succeeded"
+
+    gateway.wait(has_succeeded)
+    assert found["attempts"] == 0, found  # it was sent to no engine that was not there

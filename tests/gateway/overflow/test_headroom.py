@@ -35,7 +35,8 @@ class Service:
         catalog = SimpleNamespace(find=lambda name: model if name == "m" else None)
         self.runtime = SimpleNamespace(catalog=catalog, health=HealthBook())
         settings = QueueConfig(reserve=reserve, trickle_s=trickle_s)
-        self.headroom = Headroom(lambda: settings, lambda: self.waiting, processes)
+        self.wanted = []
+        self.headroom = Headroom(lambda: settings, lambda: self.waiting, processes, self.wanted.append)
 
     def room(self, now=1.0, load=IDLE, lane="m"):
         self.headroom.room(lane, load, self.runtime, now - 0.1)
@@ -64,6 +65,21 @@ def test_a_full_target_leaves_it_to_the_next(at_once):
     service = Service(("a", 4), ("b", 4))
     service.endpoint("a").in_flight = 4
     assert service.room().pool == "b"
+
+
+def test_a_pool_whose_engines_sleep_is_wanted_and_its_next_target_takes_the_job(at_once):
+    service = Service(("a", 4), ("b", 4), trickle_s=1)
+    service.endpoint("a").is_draining = True
+    assert service.room(50.0).pool == "b"
+    assert set(service.wanted) == {"a"}
+    service.wanted.clear()
+    service.endpoint("b").is_draining = True
+    assert service.room(100.0) is None  # not even a trickle's: it could only wait for them in memory
+    assert set(service.wanted) == {"a", "b"}
+    service.wanted.clear()
+    service.endpoint("a").is_draining = False
+    assert service.room(101.0).pool == "a"
+    assert not service.wanted
 
 
 def test_an_empty_pool_is_filled_bit_by_bit_and_what_ends_is_replaced_at_once():

@@ -229,3 +229,15 @@ async def test_parents_are_listed_newest_first_and_forgotten_in_the_end(queue):
     queue.clock.forward(FORGET_S + 1)
     await queue.store.sweep()
     assert await queue.store.list_parents("t1", "batch") == ([], False)
+
+
+async def test_who_is_to_hear_that_a_parent_was_handed_in_is_told_once_and_again_how_it_ended(queue):
+    asked = {"door": "workers_ai", "is_finalized": False, "webhook": "we_a https://b", "announces": "we_a"}
+    for _ in range(2):
+        parent = a_parent("request_a", idempotency=a_key(), **asked)
+        await queue.store.submit_all(parent, [a_job("job_a")], NO_LIMITS)
+    (news,) = await queue.other.take_outbox(OWNER)
+    assert (news.subject, news.state, news.webhook, news.is_parent) == ("request_a", "queued", "we_a", True)
+    await run_one(queue)
+    told = [(news.webhook, news.state) for news in await queue.store.take_outbox(OWNER)]
+    assert sorted(told) == [("https://b", "completed"), ("we_a", "completed")]

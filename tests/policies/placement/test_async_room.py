@@ -40,6 +40,9 @@ def endpoint(slots=0, in_flight=0, processes=1, **scraped):
         (endpoint(slots=20, running=0, ours=4, in_flight=18), 0.0, 2),  # the figure was older than it seemed
         (endpoint(slots=20, running=10, processes=2), 0.0, 5),  # each takes its part
         (endpoint(slots=20, running=3, waiting=1), 0.0, 0),
+        (endpoint(slots=20, running=3, waiting=1), 0.05, 15),  # it has just come: its step is the next
+        (endpoint(slots=20, running=3, waiting=2), 0.05, 0),  # more than are expected: a queue
+        (endpoint(slots=20, running=20, waiting=1), 0.05, 0),
         (endpoint(slots=20, kv_usage=0.8), 0.0, 0),
         (endpoint(slots=20, kv_usage=0.77), 0.05, 0),
         (endpoint(slots=20, running=1, fresh_until=5.0), 0.0, 0),  # stale: nobody knows
@@ -60,8 +63,15 @@ def test_what_cannot_be_looked_into_is_bounded_by_the_limit_alone():
 
 
 def test_congestion_is_believed_while_the_figures_are_fresh():
-    assert is_congested([endpoint(), endpoint(waiting=1)], 10.0)
-    assert not is_congested([endpoint(waiting=1, fresh_until=5.0)], 10.0)
+    assert is_congested([endpoint(), endpoint(waiting=1)], 10.0, 0.05)
+    assert not is_congested([endpoint(waiting=1, fresh_until=5.0)], 10.0, 0.05)
+
+
+def test_who_comes_between_two_steps_of_an_engine_is_no_congestion():
+    assert not is_congested([endpoint(slots=96, running=80, waiting=5)], 10.0, 0.05)
+    assert is_congested([endpoint(slots=96, running=80, waiting=6)], 10.0, 0.05)
+    assert is_congested([endpoint(slots=96, running=96, waiting=1)], 10.0, 0.05)
+    assert is_congested([endpoint(slots=96, running=80, waiting=1)], 10.0, 0.0)
 
 
 def rounds(limit, count):
