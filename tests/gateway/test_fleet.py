@@ -14,6 +14,7 @@ from gateway.config import Config, KeyConfig
 from gateway.control import Membership, Reload
 from gateway.exposition import Page
 from gateway.fleet import Fleet, FleetSettings, Worker, WorkerError
+from local_engine.processes import Backoff
 
 pytestmark = pytest.mark.e2e  # real processes
 
@@ -58,6 +59,21 @@ class Service:
             raise ConnectionResetError from error
         finally:
             writer.close()
+
+    async def begun(self, path: str) -> asyncio.Task[str]:
+        """The rest of an answer whose first piece has come: its worker has the request for certain."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(f"GET {path} HTTP/1.1\r\nhost: test\r\n\r\n".encode())
+        await reader.readuntil(b"\r\n\r\n")
+        await reader.readline()
+
+        async def rest() -> str:
+            try:
+                return (await reader.read()).decode()
+            finally:
+                writer.close()
+
+        return asyncio.ensure_future(rest())
 
     async def names(self, requests: int = 40) -> set[str]:
         return {(await self.get()).split()[0] for _ in range(requests)}
@@ -155,7 +171,7 @@ async def test_a_hung_worker_is_killed_and_replaced():
             await asking
         await until(lambda: hung.state == "gone" and service.fleet.is_ready)
         assert not is_running(hung.process.pid)
-        assert service.metric('headgate_worker_restarts_total{reason="hung"}') == 1
+        assert service.metric('headgate_worker_restarts_total{reason="hung"}') >= 1
 
 
 async def test_a_worker_that_refuses_to_start_says_why_and_the_others_are_ended():
@@ -218,9 +234,9 @@ async def test_a_configuration_a_worker_cannot_apply_is_reported_and_the_old_one
 async def test_a_replacement_starts_with_the_newest_configuration():
     async with a_service() as service:
         await service.fleet.reload(a_config("two"))
-        service.fleet.workers()[0].kill()
-        await until(lambda: not service.fleet.is_ready)
-        await until(lambda: service.fleet.is_ready)
+        (old,) = service.fleet.workers()
+        old.kill()
+        await until(lambda: old.state == "gone" and service.fleet.is_ready)
         assert (await service.get()).endswith(" two")
 
 
@@ -238,8 +254,7 @@ async def test_a_rotation_replaces_every_worker_without_losing_a_request():
                 await asyncio.sleep(0.005)
 
         clients = [asyncio.ensure_future(client()) for _ in range(4)]
-        stream = asyncio.ensure_future(service.get("/stream?20"))
-        await asyncio.sleep(0)
+        stream = await service.begun("/stream?20")
         await service.fleet.rotate(drain_timeout_s=10)
         is_over = True
         await asyncio.gather(*clients)
@@ -263,11 +278,10 @@ async def test_a_rotation_stops_at_a_newcomer_that_cannot_start_and_the_old_work
 
 async def test_a_drain_lets_streams_end_and_refuses_new_connections():
     async with a_service() as service:
-        stream = asyncio.ensure_future(service.get("/stream?30"))
-        await until(lambda: service.fleet.workers()[0].heartbeat.open_connections == 1)
-        draining = asyncio.ensure_future(service.fleet.drain(0.0, 10.0))
-        await asyncio.sleep(0.1)
-        with pytest.raises(ConnectionRefusedError):
+        stream = await service.begun("/stream?30")
+        draining = asyncio.ensure_future(service.fleet.drain(0.0, 60.0))
+        await until(lambda: service.listener.fileno() == -1)
+        with pytest.raises(ConnectionError):
             await service.get()
         assert (await stream).endswith("29\nend\n")
         await draining
@@ -275,25 +289,24 @@ async def test_a_drain_lets_streams_end_and_refuses_new_connections():
 
 async def test_readiness_goes_first_while_requests_are_still_taken():
     async with a_service() as service:
-        draining = asyncio.ensure_future(service.fleet.drain(pre_stop_s=0.5, timeout_s=5.0))
-        await asyncio.sleep(0.15)
+        draining = asyncio.ensure_future(service.fleet.drain(pre_stop_s=60.0, timeout_s=5.0))
+        await asyncio.sleep(0)
         assert not service.fleet.is_ready
         assert (await service.get("/readyz")).startswith("w0-1")
+        service.fleet.hurry()
         await draining
 
 
 async def test_a_drain_that_takes_too_long_cuts_what_is_left():
     async with a_service() as service:
-        stream = asyncio.ensure_future(service.get("/stream?400"))
-        await asyncio.sleep(0.2)
+        stream = await service.begun("/stream?4000")
         await service.fleet.drain(0.0, 0.3)
         assert (await stream).endswith("cut\n")
 
 
 async def test_a_second_order_shortens_the_drain():
     async with a_service() as service:
-        stream = asyncio.ensure_future(service.get("/stream?400"))
-        await asyncio.sleep(0.2)
+        stream = await service.begun("/stream?4000")
         draining = asyncio.ensure_future(service.fleet.drain(0.0, 60.0))
         await asyncio.sleep(0.2)
         assert not draining.done()
@@ -318,16 +331,18 @@ async def test_metrics_of_replaced_workers_stay_in_the_sum():
 async def test_a_worker_ended_by_somebody_else_drains_and_is_replaced():
     async with a_service() as service:
         (old,) = service.fleet.workers()
-        stream = asyncio.ensure_future(service.get("/stream?10"))
-        await asyncio.sleep(0.2)
+        stream = await service.begun("/stream?10")
         old.process.send_signal(signal.SIGTERM)
         assert (await stream).endswith("end\n")
         await until(lambda: service.fleet.is_ready and service.fleet.workers()[0].name != old.name)
 
 
-async def test_a_flood_of_deaths_is_slowed_down_while_the_others_serve():
+async def test_a_flood_of_deaths_is_slowed_down_while_the_others_serve(monkeypatch):
+    # Each died near its start and soon after the last one, however busy the machine is.
+    monkeypatch.setattr("gateway.fleet._SETTLED_S", 3600.0)
     async with a_service(workers=2) as service:
         steady, victim = service.fleet.workers()
+        monkeypatch.setattr(service.fleet, "_backoff", Backoff(window_s=3600.0))
 
         def successor() -> Worker | None:
             return next(
@@ -349,9 +364,9 @@ async def test_only_deaths_near_the_start_count_towards_the_wait(monkeypatch):
     async with a_service() as service:
         counted: list[float] = []
         monkeypatch.setattr(service.fleet._backoff, "died", lambda now: counted.append(now) or 0.0)
-        for age_s, expected in ((0.6, 0), (0.0, 1)):
+        for settled_s, expected in ((0.0, 0), (3600.0, 1)):
+            monkeypatch.setattr("gateway.fleet._SETTLED_S", settled_s)
             (worker,) = service.fleet.workers()
-            await asyncio.sleep(age_s)
             worker.kill()
             await until(lambda gone=worker: gone.state == "gone" and service.fleet.is_ready)
             assert len(counted) == expected
