@@ -6,7 +6,6 @@ needed to open connections. Refuses to know models, prices and callers. A secret
 """
 
 import difflib
-import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from backends.discovery.config import DiscoveryConfig
 from backends.health_config import HealthConfig
 from backends.local_path import LocalPath
 from backends.member import Member, Role
+from backends.no_proxy import host_pattern, is_listed
 from backends.origin import Origin, Proxy
 from backends.placement_config import PlacementConfig
 from backends.pool import EnginePriority
@@ -73,7 +73,7 @@ def _header_name(name: str) -> str:
 
 def _header_value(value: SecretStr) -> SecretStr:
     if not re.fullmatch(r"[\x20-\x7e\t]*", value.get_secret_value()):
-        raise ValueError("a header value must be printable ASCII on one line")
+        raise ValueError("it goes into a header, so it must be printable ASCII on one line")
     return value
 
 
@@ -160,14 +160,14 @@ class OutboundConfig(Section):
 
     proxy: Annotated[ProxyUrl | None, BlankIsNone] = None
     """An HTTP proxy for all providers, `http://[user:password@]host:port`. Pools are reached directly."""
-    no_proxy: tuple[str, ...] = ()
+    no_proxy: tuple[Annotated[str, AfterValidator(host_pattern)], ...] = ()
     """Hosts reached without it: names with their subdomains, addresses, networks (`10.0.0.0/8`)."""
     ca_file: Annotated[CaFile | None, BlankIsNone] = None
     """PEM file of authorities to trust besides the system's."""
 
     def proxy_for(self, base_url: str) -> str | None:
         """The proxy that a request to this address goes through."""
-        if self.proxy is None or _is_listed(urlsplit(base_url).hostname or "", self.no_proxy):
+        if self.proxy is None or is_listed(urlsplit(base_url).hostname or "", self.no_proxy):
             return None
         return self.proxy.get_secret_value()
 
@@ -179,9 +179,9 @@ class UpstreamConfig(Section):
     """`false` switches it off, whatever keys there are."""
     type: KnownType | None = None
     """The known provider that it speaks like: its paths, its way of taking a key, what it cannot bear."""
-    api_key: Secret | None = None
+    api_key: HeaderValue | None = None
     """The upstream's key."""
-    more_api_keys: tuple[Secret, ...] = ()
+    more_api_keys: tuple[HeaderValue, ...] = ()
     """Further keys: when one is refused (401, 403, 429) it rests, and the next is used. Empty ones are left out."""
     auth: Auth | None = None
     """The header that carries the key: `bearer` (Authorization), `x-api-key`, `api-key`, or `none`."""
@@ -237,7 +237,7 @@ class UpstreamConfig(Section):
 class ProviderConfig(UpstreamConfig):
     """An account at a provider. A known name fills in its data; another name needs `type` and `base_url`."""
 
-    api_key: Secret | None = None
+    api_key: HeaderValue | None = None
     """Its key. Empty: the provider is off. Not given: the environment variable of a known provider; for another
     name with a `base_url`, none is sent."""
     base_url: Annotated[BaseUrl | None, BlankIsNone] = None
@@ -315,7 +315,7 @@ class PoolConfig(UpstreamConfig):
     and `deadlines`, as a provider does.
     """
 
-    api_key: Secret | None = None
+    api_key: HeaderValue | None = None
     """The engines' key (`vllm serve --api-key`). Empty or not given: none is sent."""
     enabled: bool = True
     """`false` switches it off."""
@@ -480,19 +480,3 @@ def _without_doubled_version(base_url: str, record: Provider) -> str:
     if all(path.startswith("/v1/") for path in record.paths.values()):
         return base_url.removesuffix("/v1")
     return base_url
-
-
-def _is_listed(host: str, patterns: tuple[str, ...]) -> bool:
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        names = (pattern.lstrip("*").lstrip(".").lower() for pattern in patterns)
-        return "*" in patterns or any(host == name or host.endswith(f".{name}") for name in names if name)
-    return "*" in patterns or any(_contains(pattern, address) for pattern in patterns)
-
-
-def _contains(pattern: str, address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    try:
-        return address in ipaddress.ip_network(pattern, strict=False)
-    except ValueError:
-        return False

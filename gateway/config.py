@@ -417,6 +417,8 @@ class Config(Section):
             if name not in served:
                 reasons = "; ".join(dict.fromkeys(filter(None, map(self.target_off_because, model.targets))))
                 notes.append(f"models.{name}: not served ({reasons})")
+            if model.on_full in {"hold", "queue"} and not self.queue.enabled:
+                notes.append(f"models.{name}.on_full: as if it said nothing (queue.enabled is false)")
         return notes
 
     def to_json(self) -> bytes:

@@ -60,6 +60,7 @@ def explain(error: ValidationError, root: type[BaseModel], values: dict[str, Any
             message = "must not be empty"
         else:
             message = re.sub(r"^[A-Z][a-z]+ should ", "must ", detail["msg"].removeprefix("Value error, "))
+            message = message.replace("must be a valid tuple", "must be a list")
         if location in problems and message not in problems[location]:
             message = f"{problems[location]}; or {message}"
         problems[location] = message
@@ -74,6 +75,8 @@ def reference_problems(values: dict[str, Any]) -> Iterator[Problem]:
     yield from _key_problems(values)
     yield from _override_problems(values)
     yield from _port_problems(values)
+    yield from _credential_problems(values)
+    yield from _absence_problems(values)
 
 
 def below(values: Any, *path: str) -> Iterator[tuple[Location, dict[str, Any]]]:
@@ -180,6 +183,37 @@ def _port_problems(values: dict[str, Any]) -> Iterator[Problem]:
         yield Problem(
             ("management", "port"), f"{ports['management']} is also server.port; the two planes are apart"
         )
+
+
+def _credential_problems(values: dict[str, Any]) -> Iterator[Problem]:
+    """Two keys in one header, which no upstream reads as was meant."""
+    for section in ("providers", "pools"):
+        for location, upstream in below(values, section, "*"):
+            record = KNOWN.get(str(upstream.get("type") or location[-1]))
+            auth = upstream.get("auth") or (record.auth if record is not None else "bearer")
+            carrier = "authorization" if auth == "bearer" else auth
+            headers = upstream.get("headers")
+            for name in headers if isinstance(headers, dict) and upstream.get("api_key") else ():
+                if isinstance(name, str) and name.lower() == carrier:
+                    message = "is the header that api_key is sent in; keep one of the two"
+                    yield Problem((*location, "headers", name), message)
+
+
+def _absence_problems(values: dict[str, Any]) -> Iterator[Problem]:
+    """What is asked for here and can do nothing without another section."""
+    has_redis = any(True for _ in below(values, "storage", "redis"))
+    for location, queue in below(values, "queue"):
+        if queue.get("store") == "redis" and not has_redis:
+            yield Problem((*location, "store"), "is redis; say where that is, in storage.redis")
+    is_anyone_told = any(
+        users.get("fields") or users.get("header") for _, users in below(values, "limits", "end_users")
+    )
+    for location, limit in below(values, "limits", "rules", "*"):
+        if str(limit.get("scope")).startswith("user:") and not is_anyone_told:
+            message = (
+                "counts nobody: limits.end_users.fields or .header must say where requests name their user"
+            )
+            yield Problem((*location, "scope"), message)
 
 
 def _names(values: dict[str, Any], section: str) -> set[str]:

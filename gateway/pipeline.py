@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from backends.dialect import RESPONSES
 from backends.errors import UpstreamError
@@ -20,7 +20,7 @@ from gateway.idempotency import HEADER, Idempotency
 from gateway.inbound import Refusal, Request
 from gateway.intake import Message, identify, read
 from gateway.leases import Leases
-from gateway.overflow.background_answer import BackgroundPark
+from gateway.overflow.background_answer import BackgroundPark, wants_background
 from gateway.overflow.spill import Spill
 from gateway.pinning import Pinning
 from gateway.placing import Placing
@@ -36,6 +36,11 @@ from policies.policy import Admit
 from policies.routing import Candidate
 from policies.rules.fallback import fall_back, has_fallbacks, has_shadows
 from policies.verdict import Denial
+
+# An upstream would run it, and nobody could ever ask for the answer, nor for what it used.
+_NO_QUEUE: Final = (
+    "`background` needs the queue, which is off here: its operator turns it on with `queue.enabled`"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -163,7 +168,9 @@ class Pipeline:
             denial = await self._idempotency.begin(exchange, request, runtime.idempotency, message.body)
             if denial is not None or exchange.ended == "replayed":
                 return denial
-        if exchange.dialect is RESPONSES and self._background is not None and self._background.wants(message):
+        if exchange.dialect is RESPONSES and wants_background(message):
+            if self._background is None:
+                raise Refusal(400, "no_queue", _NO_QUEUE, "background")
             return await self._background.accept(exchange, request, message)
         model, spill = exchange.model, self._spill
         if (

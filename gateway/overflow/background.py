@@ -203,7 +203,11 @@ class Background:
 
 
 def is_background(values: Mapping[str, Raw]) -> bool:
-    return bytes(values.get("background", b"")) == b"true"
+    """Refusal for what some servers would take for true: the answer would be theirs, where nobody here can ask for it."""
+    value = bytes(values.get("background", b"null"))
+    if value not in {b"true", b"false", b"null"}:
+        raise Refusal(400, "invalid_field", "`background` must be a boolean", "background")
+    return value == b"true"
 
 
 def response_of(job: Job, result: Result | None) -> bytes:

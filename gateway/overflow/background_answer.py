@@ -19,16 +19,17 @@ from policies.verdict import Denial
 _KEEP_ALIVE_S: Final = 15.0
 
 
+def wants_background(message: Message) -> bool:
+    """Whether it is a request with `background: true`."""
+    return message.document is not None and is_background(message.document.values)
+
+
 class BackgroundPark:
     """Takes requests with `background: true` out of the pipeline."""
 
     def __init__(self, background: Background, webhooks: Endpoints) -> None:
         self._background = background
         self._webhooks = webhooks
-
-    def wants(self, message: Message) -> bool:
-        """Whether it is such a request."""
-        return message.document is not None and is_background(message.document.values)
 
     async def accept(self, exchange: Exchange, request: Request, message: Message) -> Denial | None:
         """Makes a job of it and answers: with the queued response, or with its stream. Refusal, or a Denial."""

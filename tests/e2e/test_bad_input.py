@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gateway.commands.app import app
-from tests.e2e.bad_input import answers, bodies, configs, requests
+from tests.e2e.bad_input import answers, bodies, configs, doors, requests
 from tests.support.gateway_process import KEY, ROOT, Gateway
 from tests.support.rawcli import Answer, RawClient
 from tests.support.upstream_thread import BlockingUpstream, UpstreamThread
@@ -41,6 +41,7 @@ def strict(target: BlockingUpstream, tmp_path_factory: pytest.TempPathFactory) -
         tmp_path_factory.mktemp("bad-input"),
         server={"limits": {"header_s": 0.6, "body_s": 0.6, "body_bytes": 65536, "response_bytes": 1 << 20}},
         keys=[{"name": "narrow", "key": NARROW_KEY, "models": ["m"]}],
+        queue={"enabled": True},
         pools={
             "up": {
                 "type": "vllm",
@@ -97,14 +98,18 @@ def _settled(gateway: Gateway, within_s: float = 10.0) -> dict[str, float]:
 
 
 def check_envelope(answer: Answer, status: int, code: str | None, family: str) -> dict[str, Any]:
-    """The error, in the family's own form."""
+    """The error, in the family's own form; Workers AI's may have several, the first counts."""
     assert answer.is_complete
     assert answer.status == status, answer.body
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["x-request-id"]
     document = json.loads(answer.body)
-    error = document["error"]
-    if family == "anthropic":
+    error = document["errors"][0] if family == "workers_ai" else document["error"]
+    if family == "workers_ai":
+        assert document.keys() == {"result", "success", "errors", "messages"}
+        assert (document["result"], document["success"]) == (None, False)
+        assert error.keys() == {"code", "message", "headgate_code"}
+    elif family == "anthropic":
         assert document.keys() == {"type", "error", "request_id"}
         assert document["type"] == "error"
         assert error.keys() == {"type", "message"}
@@ -141,7 +146,10 @@ async def connected(gateway: Gateway) -> AsyncIterator[RawClient]:
         client.close()
 
 
-@pytest.mark.parametrize("vector", requests.VECTORS.values(), ids=requests.VECTORS)
+REQUESTS = {**requests.VECTORS, **doors.VECTORS}
+
+
+@pytest.mark.parametrize("vector", REQUESTS.values(), ids=REQUESTS)
 async def test_a_request_that_is_not_acceptable_is_told_why(strict, vector) -> None:
     async with connected(strict) as client:
         await client.send(vector.data)
@@ -277,7 +285,7 @@ def test_the_configuration_these_begin_with_is_a_good_one(tmp_path) -> None:
 
 def test_there_are_two_hundred_of_them_and_more() -> None:
     counts = {
-        "requests": len(requests.VECTORS),
+        "requests": len(REQUESTS),
         "bodies": len(BODIES),
         "configurations": len(configs.VECTORS),
         "answers": sum(map(len, (answers.NO_ANSWER, answers.PAGES, answers.BROKEN, answers.PASSED))),

@@ -69,6 +69,17 @@ async def test_a_streamed_response_passes_byte_for_byte_and_is_billed(gateway, u
     assert (row["ended"], row["output_tokens"], row["is_estimated"]) == ("completed", 8, 0)
 
 
+async def test_a_response_in_the_background_is_refused_where_nobody_could_ask_for_it(gateway, upstream):
+    for wish, code in ((True, "no_queue"), ("yes", "invalid_field"), (1, "invalid_field")):
+        answer = await ask(gateway, RESPONSES, {**called(RESPONSES, "acme/plain"), "background": wish})
+        error = json.loads(answer.body)["error"]
+        assert (answer.status, error["code"], error["param"]) == (400, code, "background")
+    assert upstream.journal == []
+    answer = await ask(gateway, RESPONSES, {**called(RESPONSES, "acme/plain"), "background": False})
+    assert answer.status == 200
+    assert upstream.last.json["background"] is False
+
+
 def test_function_calls_of_a_response_are_relayed_whole_and_streamed(client):
     tools = [{"type": "function", "name": "get_weather", "parameters": {"type": "object", "properties": {}}}]
     answer = client.responses.create(model="acme/parallel-tools", input="hi", tools=tools)

@@ -199,6 +199,32 @@ provders: {}
         ("sessions: {headers: ['a b']}", 'sessions.headers[0]: "a b" is not a valid header name'),
         ("ledger: {jsonl: {}}", "ledger.jsonl.path: is needed"),
         ("outbound: {ca_file: nope.pem}", "outbound.ca_file: the CA file"),
+        ("outbound: {no_proxy: [10.0.0.0/99]}", 'no_proxy[0]: "10.0.0.0/99" is no host name, address or'),
+        ("outbound: {no_proxy: ['http://a']}", 'outbound.no_proxy[0]: "http://a" is no host name'),
+        ("outbound: {no_proxy: ['localhost:80']}", "scheme and port are left out"),
+        ("storage: {directory: ''}", "storage.directory: must not be empty"),
+        ("queue: {store: redis}", "queue.store: is redis; say where that is, in storage.redis"),
+        ("rules: all", "rules: must be a list"),
+        (
+            "limits: {rules: [{scope: 'user:*', usd: 1, per: day}]}",
+            "limits.rules[0].scope: counts nobody: limits.end_users",
+        ),
+        (
+            'providers: {acme: {type: openai, api_key: "a\\r\\nx-b: c"}}',
+            "providers.acme.api_key: it goes into a header",
+        ),
+        (
+            "providers: {acme: {type: openai, more_api_keys: [ä]}}",
+            "providers.acme.more_api_keys[0]: it goes into a header",
+        ),
+        (
+            "providers: {acme: {type: openai, api_key: k, headers: {Authorization: x}}}",
+            "providers.acme.headers.Authorization: is the header that api_key is sent in",
+        ),
+        (
+            "providers: {anthropic: {api_key: k, headers: {x-api-key: x}}}",
+            "providers.anthropic.headers.x-api-key: is the header that api_key is sent in",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_what_to_change(tmp_path, text, told):
@@ -468,3 +494,11 @@ models:
     ]
     config = loaded(tmp_path, text, {"MISTRAL_API_KEY": "k"})
     assert [target.provider for target in config.served_models()["smart"]] == ["mistral"]
+
+
+def test_a_model_that_would_hold_requests_without_a_queue_is_noted(tmp_path):
+    text = "pools: {p: {simulator: {}}}\nmodels: {m: {targets: [{pool: p}], on_full: hold}}\n"
+    assert loaded(tmp_path, text).notes() == [
+        "models.m.on_full: as if it said nothing (queue.enabled is false)"
+    ]
+    assert loaded(tmp_path, text + "queue: {enabled: true}\n").notes() == []

@@ -70,7 +70,7 @@ class Gateway:
     def write_config(self) -> None:
         self.config_path.write_text(yaml.safe_dump(self.config, sort_keys=False))
 
-    def start(self, ready_s: float = 60.0) -> None:
+    def start(self, ready_s: float = 180.0) -> None:
         self.write_config()
         environment = {k: v for k, v in os.environ.items() if not k.endswith(("_API_KEY", "_BASE_URL"))}
         with self.log_path.open("ab") as log:

@@ -30,7 +30,8 @@ CONFIG = {
             {"scope": "tag:batch", "usd": "0.001", "per": "day", "soft": True},
             {"scope": "user:*", "tokens": 2000, "per": "day"},
             {"scope": "key:somebody", "usd": 0, "per": "day"},
-        ]
+        ],
+        "end_users": {"fields": ["user"]},
     },
 }
 
