@@ -98,7 +98,6 @@ class Connection(asyncio.Protocol):
         self._sent_at = 0.0
         self._heard_at = 0.0  # since when the upstream is expected to say something
 
-    @property
     def is_usable(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 

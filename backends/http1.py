@@ -33,6 +33,7 @@ class AnswerReader:
         "_dry_bytes",
         "_fields",
         "_interim_answers",
+        "_is_announced",
         "_is_close_delimited",
         "_is_head_request",
         "_max_head_bytes",
@@ -73,6 +74,7 @@ class AnswerReader:
         self._is_head_request = is_head_request
         self._is_close_delimited = False
         self._interim_answers = 0
+        self._is_announced = False  # its first bytes say HTTP/1.x, so that the parser need not be asked
         self._dry_bytes = 0
 
     @property
@@ -81,6 +83,8 @@ class AnswerReader:
         return not self._dry_bytes and not self.has_head
 
     def feed(self, data: bytes) -> None:
+        if not self._dry_bytes and not self.has_head:
+            self._is_announced = data.startswith((b"HTTP/1.1 ", b"HTTP/1.0 "))
         # Bytes that bring no body are head, chunk framing or trailers: the parser may be keeping them.
         self._dry_bytes += len(data)
         try:
@@ -127,11 +131,14 @@ class AnswerReader:
         if status < 200:
             self._skip_interim(status)
             return
-        version = self._parser.get_http_version()
-        if version not in {"1.1", "1.0"}:
-            self._stop("protocol", f"the upstream answered in HTTP/{version}; HTTP/1.1 is needed")
-        self._check_head_size()
-        fields, self._fields = self._fields, []
+        if not self._is_announced:
+            version = self._parser.get_http_version()
+            if version not in {"1.1", "1.0"}:
+                self._stop("protocol", f"the upstream answered in HTTP/{version}; HTTP/1.1 is needed")
+        fields = self._fields
+        if self._dry_bytes > self._max_head_bytes or len(fields) > MAX_HEADERS:
+            self._check_head_size()
+        self._fields = []
         self.headers = dict(fields)
         if len(self.headers) != len(fields):
             self.headers = _joined(fields)
@@ -153,6 +160,7 @@ class AnswerReader:
     def _skip_interim(self, status: int) -> None:
         """100, 102 and 103 announce an answer; we never ask for another protocol, so 101 is an error."""
         self._interim_answers += 1
+        self._is_announced = False  # what follows says its own version
         if status not in {100, 102, 103}:
             self._stop("protocol", f"the upstream sent status {status}, which answers nothing we ask")
         if self._interim_answers > MAX_INTERIM_ANSWERS:
@@ -161,10 +169,9 @@ class AnswerReader:
 
     def _check_head_size(self) -> None:
         # `feed` bounds a head that comes bit by bit; one that came with its body in a large read is counted here.
-        if self._dry_bytes > self._max_head_bytes:
-            size = sum(len(name) + len(value) + 4 for name, value in self._fields)
-            if size > self._max_head_bytes:
-                self._stop("too_large", f"the head of the answer exceeds {self._max_head_bytes} bytes")
+        size = sum(len(name) + len(value) + 4 for name, value in self._fields)
+        if size > self._max_head_bytes:
+            self._stop("too_large", f"the head of the answer exceeds {self._max_head_bytes} bytes")
         if len(self._fields) > MAX_HEADERS:
             self._stop("too_large", f"the answer has more than {MAX_HEADERS} headers")
 

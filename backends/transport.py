@@ -148,7 +148,7 @@ class ConnectionPool:
     def _take_idle(self, now: float) -> Connection | None:
         while self._idle:
             connection, until_at = self._idle.popitem()
-            if now < until_at and connection.is_usable:
+            if now < until_at and connection.is_usable():
                 return connection
             connection.close()
         return None
@@ -170,7 +170,7 @@ class ConnectionPool:
         except BaseException:
             connection.close()
             raise
-        if self._is_closed or not connection.is_usable:
+        if self._is_closed or not connection.is_usable():
             connection.close()
             who = (
                 "the gateway has closed its connections"
