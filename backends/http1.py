@@ -6,6 +6,7 @@ bytes are, nothing is raised; `error` says what was wrong with them and no more 
 """
 
 import re
+from functools import lru_cache
 from typing import Final
 
 import httptools
@@ -178,9 +179,8 @@ class AnswerReader:
     def _read_framing(self) -> bool:
         """Whether the head says where the body ends. The parser has already refused contradictions."""
         headers = self.headers
-        if b"keep-alive" in headers and (timeout := _KEEP_ALIVE_TIMEOUT.search(headers[b"keep-alive"])):
-            # One second for the way there: the upstream's clock started before ours.
-            self.idle_limit_s = int(timeout[1]) - 1
+        if b"keep-alive" in headers:
+            self.idle_limit_s = _idle_limit_s(headers[b"keep-alive"])
         if b"transfer-encoding" not in headers:
             return b"content-length" in headers
         coding = headers[b"transfer-encoding"]
@@ -197,6 +197,13 @@ class AnswerReader:
         self.is_reusable = False
         if self.error is None:
             self.error = UpstreamError(kind, message)
+
+
+@lru_cache(maxsize=64)
+def _idle_limit_s(keep_alive: bytes) -> float | None:
+    timeout = _KEEP_ALIVE_TIMEOUT.search(keep_alive)
+    # One second for the way there: the upstream's clock started before ours.
+    return int(timeout[1]) - 1.0 if timeout else None
 
 
 def _joined(fields: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:

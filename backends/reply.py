@@ -136,6 +136,8 @@ class Reply:
     def close(self) -> None:
         """Gives the answer up: the connection is dropped at once and the sink hears nothing more. Idempotent."""
         connection, sink = self._connection, self._sink
+        if connection is None and sink is _DEAF:
+            return  # it was read whole, or closed before
         self._connection, self._sink = None, _DEAF
         self._is_ended = True
         self._held.clear()
@@ -163,7 +165,8 @@ class Reply:
         self._connection = None
         self._is_ended = True
         self._error = error
-        self._tell_news()
+        if self._news is not None:
+            self._tell_news()
         if self._sink is not None and not self._held:
             self._tell_end(self._sink)
 
