@@ -97,9 +97,10 @@ class ConnectionPool:
             if connection is None:
                 limit_s = min(deadlines.connect_s, max(0.0, total_at - loop.time()))
                 connection = await self._connect(loop, limit_s)
+                now = loop.time()
             if on_dispatch is not None:
                 on_dispatch()
-            waiter = connection.exchange(head, body, deadlines, total_at)
+            waiter = connection.exchange(head, body, deadlines, now, total_at)
             try:
                 reply = await waiter
             except UpstreamError as error:

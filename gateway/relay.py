@@ -90,7 +90,7 @@ def take_whole(exchange: Exchange, reply: Reply, limit_bytes: int) -> bytes | No
         return None
     body = reply.take_whole(limit_bytes)
     if body is not None:
-        exchange.ready_at = time.perf_counter()
+        exchange.ready_at = exchange.first_byte_at
         _take_usage(exchange, reply.status, body)
     return body
 
