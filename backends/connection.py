@@ -98,14 +98,13 @@ class Connection(asyncio.Protocol):
         self._sent_at = 0.0
         self._heard_at = 0.0  # since when the upstream is expected to say something
 
-    @property
     def is_usable(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
     def exchange(
-        self, head: bytes, body: bytes, deadlines: Deadlines, total_at: float
+        self, head: bytes, body: bytes, deadlines: Deadlines, now: float, total_at: float
     ) -> "asyncio.Future[Reply]":
-        """Sends a request; the future is done when the head of its final answer is there. Who waits for it and no longer
+        """Sends a request, now; the future is done when the head of its final answer is there. Who waits for it and no longer
         will, says so with `forsake`.
 
         The head of an event stream is not enough: vLLM sends it before it has looked at the prompt, so that it would
@@ -119,7 +118,7 @@ class Connection(asyncio.Protocol):
             self._deadlines = deadlines
             self._watch_s = min(deadlines.first_byte_s, deadlines.idle_s)
         self._total_at = total_at
-        self._sent_at = self._heard_at = now = self._now()
+        self._sent_at = self._heard_at = now
         waiter: asyncio.Future[Reply] = self._loop.create_future()
         self._waiter = waiter
         if len(body) < _JOIN_BYTES:
@@ -258,7 +257,7 @@ class Connection(asyncio.Protocol):
             self._reply = None
             if self._is_read_paused:
                 self.resume_reading()  # or the end of an idle connection would not be seen
-            self._keeper.on_free(self, self._now() + keep_s)
+            self._keeper.on_free(self, self._heard_at + keep_s)  # its end was heard just now
         else:
             self.close()
         reply.end(None)

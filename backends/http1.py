@@ -6,6 +6,7 @@ bytes are, nothing is raised; `error` says what was wrong with them and no more 
 """
 
 import re
+from functools import lru_cache
 from typing import Final
 
 import httptools
@@ -33,6 +34,7 @@ class AnswerReader:
         "_dry_bytes",
         "_fields",
         "_interim_answers",
+        "_is_announced",
         "_is_close_delimited",
         "_is_head_request",
         "_max_head_bytes",
@@ -73,6 +75,7 @@ class AnswerReader:
         self._is_head_request = is_head_request
         self._is_close_delimited = False
         self._interim_answers = 0
+        self._is_announced = False  # its first bytes say HTTP/1.x, so that the parser need not be asked
         self._dry_bytes = 0
 
     @property
@@ -81,6 +84,8 @@ class AnswerReader:
         return not self._dry_bytes and not self.has_head
 
     def feed(self, data: bytes) -> None:
+        if not self._dry_bytes and not self.has_head:
+            self._is_announced = data.startswith((b"HTTP/1.1 ", b"HTTP/1.0 "))
         # Bytes that bring no body are head, chunk framing or trailers: the parser may be keeping them.
         self._dry_bytes += len(data)
         try:
@@ -127,11 +132,14 @@ class AnswerReader:
         if status < 200:
             self._skip_interim(status)
             return
-        version = self._parser.get_http_version()
-        if version not in {"1.1", "1.0"}:
-            self._stop("protocol", f"the upstream answered in HTTP/{version}; HTTP/1.1 is needed")
-        self._check_head_size()
-        fields, self._fields = self._fields, []
+        if not self._is_announced:
+            version = self._parser.get_http_version()
+            if version not in {"1.1", "1.0"}:
+                self._stop("protocol", f"the upstream answered in HTTP/{version}; HTTP/1.1 is needed")
+        fields = self._fields
+        if self._dry_bytes > self._max_head_bytes or len(fields) > MAX_HEADERS:
+            self._check_head_size()
+        self._fields = []
         self.headers = dict(fields)
         if len(self.headers) != len(fields):
             self.headers = _joined(fields)
@@ -153,6 +161,7 @@ class AnswerReader:
     def _skip_interim(self, status: int) -> None:
         """100, 102 and 103 announce an answer; we never ask for another protocol, so 101 is an error."""
         self._interim_answers += 1
+        self._is_announced = False  # what follows says its own version
         if status not in {100, 102, 103}:
             self._stop("protocol", f"the upstream sent status {status}, which answers nothing we ask")
         if self._interim_answers > MAX_INTERIM_ANSWERS:
@@ -161,19 +170,17 @@ class AnswerReader:
 
     def _check_head_size(self) -> None:
         # `feed` bounds a head that comes bit by bit; one that came with its body in a large read is counted here.
-        if self._dry_bytes > self._max_head_bytes:
-            size = sum(len(name) + len(value) + 4 for name, value in self._fields)
-            if size > self._max_head_bytes:
-                self._stop("too_large", f"the head of the answer exceeds {self._max_head_bytes} bytes")
+        size = sum(len(name) + len(value) + 4 for name, value in self._fields)
+        if size > self._max_head_bytes:
+            self._stop("too_large", f"the head of the answer exceeds {self._max_head_bytes} bytes")
         if len(self._fields) > MAX_HEADERS:
             self._stop("too_large", f"the answer has more than {MAX_HEADERS} headers")
 
     def _read_framing(self) -> bool:
         """Whether the head says where the body ends. The parser has already refused contradictions."""
         headers = self.headers
-        if b"keep-alive" in headers and (timeout := _KEEP_ALIVE_TIMEOUT.search(headers[b"keep-alive"])):
-            # One second for the way there: the upstream's clock started before ours.
-            self.idle_limit_s = int(timeout[1]) - 1
+        if b"keep-alive" in headers:
+            self.idle_limit_s = _idle_limit_s(headers[b"keep-alive"])
         if b"transfer-encoding" not in headers:
             return b"content-length" in headers
         coding = headers[b"transfer-encoding"]
@@ -190,6 +197,13 @@ class AnswerReader:
         self.is_reusable = False
         if self.error is None:
             self.error = UpstreamError(kind, message)
+
+
+@lru_cache(maxsize=64)
+def _idle_limit_s(keep_alive: bytes) -> float | None:
+    timeout = _KEEP_ALIVE_TIMEOUT.search(keep_alive)
+    # One second for the way there: the upstream's clock started before ours.
+    return int(timeout[1]) - 1.0 if timeout else None
 
 
 def _joined(fields: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:

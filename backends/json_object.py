@@ -32,15 +32,12 @@ class Member(NamedTuple):
     value_end: int
 
 
-class JsonObject:
+class JsonObject(msgspec.Struct, eq=False):
     """The top level of a body: its members' values undecoded, and where they lie, found when first asked for."""
 
-    __slots__ = ("_members", "body", "values")
-
-    def __init__(self, body: bytes, values: dict[str, Raw], members: list[Member] | None) -> None:
-        self.body = body
-        self.values = values
-        self._members = members
+    body: bytes
+    values: dict[str, Raw]
+    _members: list[Member] | None
 
     @property
     def members(self) -> list[Member]:

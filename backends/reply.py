@@ -8,6 +8,7 @@ its end once and nothing after it; a sink that fails costs only its own answer.
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Final, Protocol
 
 from backends.errors import UpstreamError
@@ -48,12 +49,14 @@ class Reply:
         "_news",
         "_sink",
         "headers",
+        "is_event_stream",
         "status",
     )
 
     def __init__(self, connection: Link, status: int, headers: dict[bytes, bytes]) -> None:
         self.status = status
         self.headers = headers  # by lower-case name
+        self.is_event_stream = _is_event_stream(headers.get(b"content-type", b""))
         self._connection: Link | None = connection  # None: nothing more will come
         self._sink: Sink | None = None
         self._held: list[bytes] = []  # one entry per read
@@ -66,10 +69,6 @@ class Reply:
     def header(self, name: bytes) -> bytes | None:
         """The value under a lower-case name."""
         return self.headers.get(name)
-
-    @property
-    def is_event_stream(self) -> bool:
-        return self.headers.get(b"content-type", b"").lstrip()[:17].lower() == b"text/event-stream"
 
     async def read(self, limit_bytes: int) -> bytes:
         """The whole body. UpstreamError if it breaks off, stalls or exceeds the limit."""
@@ -137,6 +136,8 @@ class Reply:
     def close(self) -> None:
         """Gives the answer up: the connection is dropped at once and the sink hears nothing more. Idempotent."""
         connection, sink = self._connection, self._sink
+        if connection is None and sink is _DEAF:
+            return  # it was read whole, or closed before
         self._connection, self._sink = None, _DEAF
         self._is_ended = True
         self._held.clear()
@@ -164,7 +165,8 @@ class Reply:
         self._connection = None
         self._is_ended = True
         self._error = error
-        self._tell_news()
+        if self._news is not None:
+            self._tell_news()
         if self._sink is not None and not self._held:
             self._tell_end(self._sink)
 
@@ -201,6 +203,11 @@ class Reply:
     def _give_up_on_sink(self) -> None:
         _log.exception("the receiver of an upstream's answer failed; the answer is dropped")
         self.close()
+
+
+@lru_cache(maxsize=64)
+def _is_event_stream(content_type: bytes) -> bool:
+    return content_type.lstrip()[:17].lower() == b"text/event-stream"
 
 
 class _Deaf:

@@ -97,9 +97,10 @@ class ConnectionPool:
             if connection is None:
                 limit_s = min(deadlines.connect_s, max(0.0, total_at - loop.time()))
                 connection = await self._connect(loop, limit_s)
+                now = loop.time()
             if on_dispatch is not None:
                 on_dispatch()
-            waiter = connection.exchange(head, body, deadlines, total_at)
+            waiter = connection.exchange(head, body, deadlines, now, total_at)
             try:
                 reply = await waiter
             except UpstreamError as error:
@@ -148,7 +149,7 @@ class ConnectionPool:
     def _take_idle(self, now: float) -> Connection | None:
         while self._idle:
             connection, until_at = self._idle.popitem()
-            if now < until_at and connection.is_usable:
+            if now < until_at and connection.is_usable():
                 return connection
             connection.close()
         return None
@@ -170,7 +171,7 @@ class ConnectionPool:
         except BaseException:
             connection.close()
             raise
-        if self._is_closed or not connection.is_usable:
+        if self._is_closed or not connection.is_usable():
             connection.close()
             who = (
                 "the gateway has closed its connections"

@@ -246,12 +246,14 @@ def _inclusive(usage: _ChatUsage) -> Usage | None:
     prompt = usage.prompt_tokens
     output = usage.completion_tokens
     total = usage.total_tokens
-    if (prompt, output, total).count(None) > 1:
-        return None  # two of them tell the third; half of it is not nothing
-    if prompt is None:
-        prompt = max(0, (total or 0) - (output or 0))
-    if output is None:
-        output = max(0, (total or 0) - prompt)
+    if prompt is None or output is None:
+        if (prompt, output, total).count(None) > 1:
+            return None  # two of them tell the third; half of it is not nothing
+        if prompt is None:
+            prompt = max(0, (total or 0) - (output or 0))
+        else:
+            output = max(0, (total or 0) - prompt)
+        assert output is not None
     cached = usage.cached_tokens or usage.prompt_cache_hit_tokens or usage.cache_read_input_tokens or 0
     written = audio = cached_audio = output_audio = 0
     reasoning = usage.reasoning_tokens or 0

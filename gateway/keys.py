@@ -236,6 +236,12 @@ class _Entry(NamedTuple):
     is_blocked: bool = False
 
 
+def _standing(entry: _Entry) -> Caller | None:
+    """The caller, if nothing but a change of the key can turn it away."""
+    is_bounded = entry.is_revoked or entry.is_blocked or entry.expires_time is not None
+    return entry.holder if isinstance(entry.holder, Caller) and not is_bounded else None
+
+
 def refusal_of(value: str) -> str | None:
     """Why a chosen key is not acceptable, as the end of a sentence; None when it is."""
     if len(value) < _SHORTEST_KEY:
@@ -276,7 +282,8 @@ class Keyring:
         self._teams: Mapping[str, Team] = {}
         # Keys that were found since the ring last changed, so that a busy caller costs no hash. In memory only, like
         # the request that brought them.
-        self._recent: dict[bytes, _Entry] = {}
+        # A caller instead of its entry is one whom no passing of time, only another ring, turns away.
+        self._recent: dict[bytes, _Entry | Caller] = {}
         self._revision = 0
         self._stop = threading.Event()
         self.declare(declared)
@@ -290,6 +297,9 @@ class Keyring:
 
     def find(self, token: bytes) -> Caller | KeyProblem:
         """Whose key this is, among callers."""
+        known = self._recent.get(token)
+        if isinstance(known, Caller):
+            return known
         holder = self._find(token)
         return "unknown" if isinstance(holder, Operator) else holder
 
@@ -301,6 +311,8 @@ class Keyring:
     def _find(self, token: bytes) -> Caller | Operator | KeyProblem:
         recent = self._recent
         entry = recent.get(token)
+        if isinstance(entry, Caller):
+            return entry
         if entry is None:
             if not (is_well_formed(token) or (self._declared and len(token) <= _LONGEST_KEY)):
                 return "unknown"
@@ -313,7 +325,7 @@ class Keyring:
             if len(recent) >= _MAX_RECENT:
                 recent.clear()
             # Into the dict from before the look-up: if the ring changed meanwhile, it has been replaced already.
-            recent[token] = entry
+            recent[token] = _standing(entry) or entry
         return self._judged(entry)
 
     def find_by_id(self, key_id: str) -> Caller | KeyProblem:

@@ -85,22 +85,25 @@ class Ledger:
 
     def open(self, exchange: Exchange) -> None:
         """Before the first dispatch: from here on the request has a row, even if the worker is killed."""
-        if exchange.request_id not in self._slot_of:
+        request_id = exchange.request_id
+        if request_id not in self._slot_of:
             exchange.intent = fields = dispatch_fields(exchange, self.worker)
             slot = self._intents.open(fields)
             if slot != NO_SLOT:
-                self._slot_of[exchange.request_id] = slot
+                self._slot_of[request_id] = slot
 
     def close(self, row: LedgerRow) -> None:
         """Takes the row of a request that has ended, opened before or not. No system call, never waits."""
         slot = self._slot_of.pop(row.request_id, NO_SLOT)
-        if len(self._rows) >= self._max_backlog:
+        rows = self._rows
+        waiting = len(rows)
+        if waiting >= self._max_backlog:
             self._lost += 1
             if slot != NO_SLOT:
                 self._intents.free((slot,))
             return
-        self._rows.append((row, self._intents.settle(slot, row)))
-        if len(self._rows) == _GROUP_ROWS:
+        rows.append((row, self._intents.settle(slot, row)))
+        if waiting == _GROUP_ROWS - 1:
             self._wake.set()  # a full group need not wait: its slots are wanted
         if self._is_asleep:  # after the append: the thread looks at the rows once more before it sleeps
             self._is_asleep = False

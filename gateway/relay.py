@@ -39,18 +39,19 @@ _PASSED: Final = frozenset(
 
 def relayed_headers(exchange: Exchange, reply: Reply) -> Headers:
     """The upstream's headers that pass, then ours."""
-    limits = limit_headers(exchange) if exchange.taken else []
     theirs = reply.headers
-    headers = [(name, theirs[name]) for name in _passed(tuple(theirs), has_limits=bool(limits))]
-    headers += limits
+    if exchange.taken and (limits := limit_headers(exchange)):
+        headers = [(name, theirs[name]) for name in _passed(tuple(theirs), ())]
+        headers += limits
+    else:
+        headers = [(name, theirs[name]) for name in _passed(tuple(theirs), PREFIXES)]
     headers += answer_headers(exchange.dialect.family, exchange.request_id)
     candidate, model = exchange.candidate, exchange.model
-    if candidate is not None:
-        headers.append((b"x-headgate-target", candidate.endpoint.name.encode()))
-    headers += (
-        (b"x-headgate-model", (exchange.model_name if model is None else model.name).encode()),
-        (b"x-headgate-session", exchange.session_state.encode()),
-        (b"x-headgate-attempts", b"%d" % exchange.attempts),
+    headers += _told(
+        candidate.endpoint.name if candidate is not None else "",
+        exchange.model_name if model is None else model.name,
+        exchange.session_state,
+        exchange.attempts,
     )
     if exchange.prefilled_by:
         headers.append((b"x-headgate-prefill", exchange.prefilled_by.encode()))
@@ -60,12 +61,22 @@ def relayed_headers(exchange: Exchange, reply: Reply) -> Headers:
 
 
 @lru_cache(maxsize=512)
-def _passed(names: tuple[bytes, ...], *, has_limits: bool) -> tuple[bytes, ...]:
-    """Which of an upstream's headers pass.
+def _told(target: str, model: str, session_state: str, attempts: int) -> Headers:
+    """Where it went: the same few answers over and over. Not to be changed."""
+    told = [
+        (b"x-headgate-model", model.encode()),
+        (b"x-headgate-session", session_state.encode()),
+        (b"x-headgate-attempts", b"%d" % attempts),
+    ]
+    return [(b"x-headgate-target", target.encode()), *told] if target else told
+
+
+@lru_cache(maxsize=512)
+def _passed(names: tuple[bytes, ...], prefixes: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    """Which of an upstream's headers pass, those that tell its limits by these prefixes.
 
     Its limits are those of the operator's account: where ours say what this caller has left, they would mislead.
     """
-    prefixes = () if has_limits else PREFIXES
     return tuple(name for name in names if name in _PASSED or name.startswith(prefixes))
 
 
@@ -79,7 +90,7 @@ def take_whole(exchange: Exchange, reply: Reply, limit_bytes: int) -> bytes | No
         return None
     body = reply.take_whole(limit_bytes)
     if body is not None:
-        exchange.ready_at = time.perf_counter()
+        exchange.ready_at = exchange.first_byte_at
         _take_usage(exchange, reply.status, body)
     return body
 

@@ -144,7 +144,10 @@ class Settler:
         ended, self._ended = self._ended, []
         for exchange, runtime, relay in ended:
             try:
-                self._settle(exchange, runtime, relay)
+                if relay is None and exchange.ended == "completed":
+                    self._close(exchange, runtime)
+                else:
+                    self._settle(exchange, runtime, relay)
             except Exception:  # noqa: BLE001 - a bug costs one row, not those behind it
                 _log.exception("a request was not settled", extra={"request_id": exchange.request_id})
 

@@ -60,7 +60,8 @@ def read_wishes(exchange: Exchange, headers: Mapping[bytes, bytes], fields: Fiel
     if b"x-headgate-affinity" in headers and not _word(headers, b"x-headgate-affinity", _AFFINITIES):
         exchange.is_affine = False
         return
-    key = _session_key(headers, runtime) or fields.prompt_cache_key.encode()
+    is_named = not runtime.session_names.isdisjoint(headers)
+    key = (is_named and _session_key(headers, runtime)) or fields.prompt_cache_key.encode()
     if not key and "conversation" in values:
         key = _conversation(values["conversation"])
     if key:
@@ -77,8 +78,6 @@ def _word(headers: Mapping[bytes, bytes], name: bytes, known: Mapping[bytes, _T]
 
 def _session_key(headers: Mapping[bytes, bytes], runtime: Runtime) -> bytes:
     """The first of the configured headers that is there. An overlong id is ignored, never cut: two must not meet."""
-    if runtime.session_names.isdisjoint(headers):
-        return b""
     for name in runtime.session_headers:
         value = headers.get(name)
         if value and len(value) <= _MAX_SESSION_KEY_BYTES:

@@ -29,7 +29,7 @@ class Access(Policy):
     def admit(self, exchange: Exchange, now: float) -> Denial | None:
         del now
         caller = exchange.caller
-        if caller is None or not may_use(caller, exchange.model_name):
+        if caller is None or (caller.models is not None and not may_use(caller, exchange.model_name)):
             return Denial(
                 403,
                 "model_not_allowed",

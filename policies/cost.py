@@ -35,43 +35,26 @@ def charge(usage: Usage, price: Price, service_tier: str, at_time: float) -> Cha
     card = price.card
     if card is None:
         return _NOTHING if price.kind == "free" else None
-    rates = card.rates(usage.prompt_tokens, service_tier, at_time)
+    fresh, read, output = usage.input_tokens, usage.cache_read_tokens, usage.output_tokens
+    written_5m, written_1h = usage.cache_write_5m_tokens, usage.cache_write_1h_tokens
+    rates = card.rates(fresh + read + written_5m + written_1h, service_tier, at_time)
     if rates is None or (not (rates.has_input and rates.has_output) and not _covers(rates, usage)):
         return None
-    return Charge(_rounded(_product(usage, rates)), _rounded(_saved(usage, rates)))
-
-
-def _saved(usage: Usage, rates: Rates) -> int:
-    """In millionths of a nano-dollar."""
-    plain = rates.input
-    saved = usage.cache_read_tokens * (plain - rates.cache_read)
-    if usage.cache_write_5m_tokens or usage.cache_write_1h_tokens:
-        saved += usage.cache_write_5m_tokens * (plain - rates.cache_write_5m)
-        saved += usage.cache_write_1h_tokens * (plain - rates.cache_write_1h)
-    if usage.cache_read_audio_tokens:
-        audio, read_audio = rates.input_audio - plain, rates.cache_read_audio - rates.cache_read
-        saved += usage.cache_read_audio_tokens * (audio - read_audio)
-    return saved
-
-
-def _product(usage: Usage, rates: Rates) -> int:
-    """In millionths of a nano-dollar. Parts with a rate of their own differ from their whole by the difference."""
-    total = (
-        usage.input_tokens * rates.input
-        + usage.cache_read_tokens * rates.cache_read
-        + usage.output_tokens * rates.output
-        + rates.request
-    )
-    if usage.cache_write_5m_tokens or usage.cache_write_1h_tokens:
-        total += usage.cache_write_5m_tokens * rates.cache_write_5m
-        total += usage.cache_write_1h_tokens * rates.cache_write_1h
+    # Both in millionths of a nano-dollar. Parts with a rate of their own differ from their whole by the difference.
+    plain, read_rate, output_rate = rates.input, rates.cache_read, rates.output
+    total = fresh * plain + read * read_rate + output * output_rate + rates.request
+    saved = read * (plain - read_rate)
+    if written_5m or written_1h:
+        total += written_5m * rates.cache_write_5m + written_1h * rates.cache_write_1h
+        saved += written_5m * (plain - rates.cache_write_5m) + written_1h * (plain - rates.cache_write_1h)
     if usage.reasoning_tokens:
-        total += usage.reasoning_tokens * (rates.reasoning - rates.output)
+        total += usage.reasoning_tokens * (rates.reasoning - output_rate)
     if usage.input_audio_tokens or usage.cache_read_audio_tokens or usage.output_audio_tokens:
-        total += usage.input_audio_tokens * (rates.input_audio - rates.input)
-        total += usage.cache_read_audio_tokens * (rates.cache_read_audio - rates.cache_read)
-        total += usage.output_audio_tokens * (rates.output_audio - rates.output)
-    return total
+        audio, read_audio = rates.input_audio - plain, rates.cache_read_audio - read_rate
+        total += usage.input_audio_tokens * audio + usage.cache_read_audio_tokens * read_audio
+        total += usage.output_audio_tokens * (rates.output_audio - output_rate)
+        saved += usage.cache_read_audio_tokens * (audio - read_audio)
+    return Charge(_rounded(total), _rounded(saved) if saved else 0)
 
 
 def _covers(rates: Rates, usage: Usage) -> bool:
@@ -79,5 +62,6 @@ def _covers(rates: Rates, usage: Usage) -> bool:
 
 
 def _rounded(millionths: int) -> int:
-    whole, rest = divmod(millionths, _MILLION)
+    whole = millionths // _MILLION
+    rest = millionths - whole * _MILLION
     return whole + (rest > _HALF or (rest == _HALF and whole & 1))

@@ -20,18 +20,18 @@ class Context:
 
 
 class _Entropy:
-    """Random bytes for ids, fetched from the system for many at a time: a call for each costs more than the id."""
+    """Random digits for ids, fetched from the system for many at a time: a call for each costs more than the id."""
 
     def __init__(self) -> None:
-        self._bytes = b""
+        self._digits = ""
         self._at = 0
 
-    def hex(self, size: int) -> str:
+    def hex(self, digits: int) -> str:
         at = self._at
-        if at + size > len(self._bytes):
-            self._bytes, at = os.urandom(4096), 0
-        self._at = at + size
-        return self._bytes[at : at + size].hex()
+        if at + digits > len(self._digits):
+            self._digits, at = os.urandom(4096).hex(), 0
+        self._at = end = at + digits
+        return self._digits[at:end]
 
 
 _entropy = _Entropy()
@@ -42,4 +42,4 @@ def new_request_id() -> str:
 
     In random order a row costs the writer four times as much once the table is large.
     """
-    return f"req_{time.time_ns() // 1_000_000:012x}{_entropy.hex(10)}"
+    return f"req_{time.time_ns() // 1_000_000:012x}{_entropy.hex(20)}"

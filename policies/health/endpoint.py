@@ -190,7 +190,7 @@ class EndpointHealth:
             return
         self.failures = 0
         self.samples += 1
-        weight = max(_SMOOTHING, 1.0 / self.samples)
+        weight = _SMOOTHING if self.samples * _SMOOTHING >= 1.0 else 1.0 / self.samples
         self.pace += weight * (pace - self.pace)
         self.first_byte_s += weight * (first_byte_s - self.first_byte_s)
 
@@ -269,7 +269,8 @@ class Attempt:
     def succeeded(self, now: float) -> None:
         health = self._end()
         if health is not None:
-            health.succeed(now, self._sent_at, self._first_byte_s, self._first_byte_s / self._work)
+            wait_s = self._first_byte_s
+            health.succeed(now, self._sent_at, wait_s, wait_s / self._work)
 
     def failed(self, now: float, kind: str) -> None:
         """`kind` is an ErrorKind or the status of a server's error."""

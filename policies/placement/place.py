@@ -60,9 +60,10 @@ def choose(exchange: Exchange, group: Group, health: HealthBook, now: float) -> 
             if endpoint.name == exchange.pinned_to:  # sick or not: nobody else has what it continues
                 is_full = not has_room(endpoint, now, exchange.ceiling)
                 return Choice(group, [group.candidates[endpoint]], "pinned", is_full)
-    if len(everyone) == 1 and not everyone[0].is_draining:  # well or ill: there is no other
-        is_full = not has_room(everyone[0], now, exchange.ceiling)
-        return Choice(group, [group.candidates[everyone[0]]], "only", is_full)
+    first = everyone[0]
+    if len(everyone) == 1 and not first.is_draining:  # well or ill: there is no other
+        is_full = not has_room(first, now, exchange.ceiling)
+        return Choice(group, [group.candidates[first]], "only", is_full)
     endpoints = health.usable(_staying(everyone), now, exchange.session_hash)
     if not endpoints:
         return Choice(group, [], "only", is_full=False)
