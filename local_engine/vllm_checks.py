@@ -181,6 +181,12 @@ def _scale_problems(spec: VllmConfig) -> Iterator[SpecProblem]:
         return
     if scale.zero == "sleep" and not spec.sleep_mode:
         yield SpecProblem(("scale", "zero"), "sleep needs sleep_mode: true; without it, engines stop")
+    if scale.max < spec.slots:
+        said = "replicas" if roles is None else "roles"
+        yield SpecProblem(
+            ("scale", "max"),
+            f"is less than the {spec.slots} of {said}: raise it to {spec.slots} or more, or lower those",
+        )
     fewest = min([scale.min, *(entry.min for entry in scale.schedule if entry.min is not None)])
     if roles is not None and fewest <= roles.prefill:
         yield SpecProblem(

@@ -58,13 +58,16 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePool]:
         keys=KEYS,
         queue={"enabled": True},
         overload={"default": {"wait_s": 2.0}},
+        server={
+            "limits": {"write_stall_s": 3600.0}
+        },  # nobody reads streams that are there to keep an engine busy
     )
     # A key of the pool's own lets a test ask an engine itself. Sessions stay at home, however many requests that makes
-    # of one replica and however slow that makes it.
+    # of one replica, however slow that makes it, and though it said a moment ago that it was full.
     running.config["pools"]["gpu"] |= {
         "api_key": ENGINE_KEY,
         "placement": {"bounded_load": 16},
-        "health": {"slow_factor": 0, "stall_s": 0},
+        "health": {"failures": 0, "slow_factor": 0, "stall_s": 0},
     }
     with supervised(running, "gpu/0", "gpu/1", "vectors/0"):
         yield running

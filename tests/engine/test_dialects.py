@@ -82,8 +82,12 @@ def test_the_same_conversation_costs_the_same_in_every_dialect(client, claude, g
     """Each text is new to the engine: nothing is cached yet."""
     ids = [
         ask(client, "1" + LONG)._request_id,
-        client.responses.create(model="tiny", input="2" + LONG, max_output_tokens=8)._request_id,
-        claude.messages.create(model="tiny", messages=user("3" + LONG), max_tokens=8)._request_id,
+        client.responses.create(
+            model="tiny", input="2" + LONG, max_output_tokens=8, temperature=0
+        )._request_id,
+        claude.messages.create(
+            model="tiny", messages=user("3" + LONG), max_tokens=8, extra_body={"temperature": 0}
+        )._request_id,
     ]
     rows = [gateway.row(request_id) for request_id in ids]
     prompts = {row["input_tokens"] + row["cache_write_5m_tokens"] for row in rows}

@@ -101,7 +101,11 @@ def test_a_models_folder_is_served_to_the_openai_sdk(running):
         assert cached[0] == 0
         assert cached[1] > 0
         stream = client.chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=8, stream=True
+            model="tiny",
+            messages=[{"role": "user", "content": "hi"}],
+            max_tokens=8,
+            temperature=0,
+            stream=True,
         )
         assert sum(bool(chunk.choices) for chunk in stream) > 1
 
@@ -109,7 +113,10 @@ def test_a_models_folder_is_served_to_the_openai_sdk(running):
 def test_the_anthropic_sdk_is_answered_too_though_its_priority_is_in_a_header(running):
     with anthropic.Anthropic(base_url=running.url, api_key=running.key, max_retries=0, timeout=120) as client:
         answer = client.messages.create(
-            model="tiny", max_tokens=4, messages=[{"role": "user", "content": LONG}]
+            model="tiny",
+            max_tokens=4,
+            messages=[{"role": "user", "content": LONG}],
+            extra_body={"temperature": 0},
         )
     assert answer.usage.output_tokens == 4
 

@@ -82,6 +82,7 @@ REFUSED = [
         "must hold a whole prompt (max_model_len 4096)",
     ),
     ({"scale": {"min": 0, "max": 2, "zero": "sleep"}}, "scale.zero", "needs sleep_mode: true"),
+    ({"replicas": 3, "scale": {"max": 2}}, "scale.max", "raise it to 3 or more"),
     ({"roles": {"prefill": 2}, "scale": {"min": 2, "max": 4}}, "scale.min", "3 or more"),
     (
         {
