@@ -13,6 +13,8 @@ from gateway.intake import Message
 from gateway.overflow.background import DOOR, SILENCE, Background, is_background
 from gateway.overflow.endpoints import Endpoints
 from gateway.overflow.job import Job
+from gateway.overflow.store import StoreAwayError
+from gateway.overflow.submit import denial_of
 from policies.exchange import Exchange
 from policies.verdict import Denial
 
@@ -41,6 +43,8 @@ class BackgroundPark:
             webhook = await self._webhooks.names(caller.tenant, DOOR, url)
         except ValueError as error:
             raise Refusal(400, "invalid_webhook", f"`x-headgate-webhook`: {error}") from error
+        except StoreAwayError as error:
+            return denial_of(error)
         job = await self._background.create(
             caller,
             document.values,

@@ -22,6 +22,7 @@ State = Literal[
     "expired",  # ended because nobody could run it in time
 ]
 FINAL: Final = frozenset({"succeeded", "failed", "dead", "cancelled", "expired"})
+LEASED: Final = frozenset({"running", "cancelling"})  # somebody has it
 FinalState = Literal["succeeded", "failed", "dead", "cancelled", "expired"]
 ALL_STATES: Final[tuple[State, ...]] = (
     "staged",

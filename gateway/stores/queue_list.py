@@ -3,7 +3,7 @@
 A cursor is the last row's number; one that cannot be read starts at the beginning.
 """
 
-from gateway.overflow.job import JobFilter
+from gateway.overflow.job import LEASED, JobFilter
 from gateway.stores.queue_schema import JobRow, job_rows
 from gateway.stores.sqlite import Connection
 
@@ -26,7 +26,12 @@ def list_rows(
     if cursor is not None and cursor.isdecimal() and len(cursor) < 19:
         conditions.append(f"{order} {beyond} ?")
         values.append(int(cursor))
-    query = f"SELECT * FROM job WHERE {' AND '.join(conditions) or '1'} ORDER BY {order} {direction} LIMIT ?"  # noqa: S608 - own names
+    by = order
+    if where.states and LEASED.issuperset(where.states) and not where.parent:
+        # Workers ask every second: by the few that run, never through all that are kept.
+        conditions.append("lease_until_time IS NOT NULL")
+        by = f"+{order}"
+    query = f"SELECT * FROM job WHERE {' AND '.join(conditions) or '1'} ORDER BY {by} {direction} LIMIT ?"  # noqa: S608 - own names
     rows = job_rows(connection, query, (*values, limit + 1))
     if len(rows) <= limit:
         return rows, None

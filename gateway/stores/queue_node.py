@@ -196,7 +196,8 @@ class QueueNode:
             asked = {"run_id": str(server["run_id"]), "grace_s": self._grace_s, "known": self._met}
             epoch = str((await self._call("begin", _ANY_EPOCH, asked))[1].decode())
             said = await self._say_again(epoch)
-            if said:
+            # In the same one it was only away, and is told what was promised meanwhile.
+            if said and int(epoch) != self._met:
                 _log.warning(
                     "the queue's Redis lost data, or is another: it was told again what was promised",
                     extra={"epoch": epoch, "told": said},

@@ -109,7 +109,29 @@ function do_verb.events()
 end
 
 -- Pages of what is listed, newest first, or by position for children; whoever filters reads on here.
+local LEASED = {running = true, cancelling = true}
+
+-- Of those that somebody has, newest first: workers ask every second, and all that are kept may be very many.
+local function list_leased()
+  local seen, found = {}, {}
+  for _, id in ipairs(call('ZRANGE', P .. 'leases', 0, -1)) do
+    local known = call('HMGET', job_key(id), 'state', 'seq', 'tenant', 'lane', 'door')
+    if arg.states[known[1]] and (arg.tenant == '' or arg.tenant == known[3]) and (arg.lane == '' or arg.lane == known[4])
+      and (not arg.doors or arg.doors[known[5]]) and (not arg.cursor or tonumber(known[2]) < tonumber(arg.cursor)) then
+      seen[#seen + 1] = {tonumber(known[2]), id}
+    end
+  end
+  table.sort(seen, function(one, other) return one[1] > other[1] end)
+  for n = 1, min(#seen, arg.limit) do found[n] = shown(seen[n][2]) end
+  return {'ok', #seen > arg.limit and text(seen[arg.limit][1]) or '', found}
+end
+
 function do_verb.list()
+  if arg.states and arg.parent == '' then
+    local is_leased = true
+    for state in pairs(arg.states) do is_leased = is_leased and LEASED[state] end
+    if is_leased then return list_leased() end
+  end
   local found, at, is_end = {}, arg.cursor, false
   local key = arg.parent ~= '' and 'children:' .. arg.parent or arg.tenant ~= '' and 'jobs-of:' .. arg.tenant or 'jobs'
   for _ = 1, 20 do

@@ -271,6 +271,15 @@ async def test_a_process_remembers_nothing_of_runs_it_gave_back_or_lost(nodes):
     assert nodes.one._leased.keys() == {kept.job_id}
 
 
+async def test_what_workers_ask_every_second_costs_what_runs_and_not_what_is_kept(nodes):
+    jobs = [a_job() for _ in range(200)]
+    await nodes.one.submit_all(a_parent(is_finalized=False), jobs, NO_LIMITS)
+    await nodes.one.claim(LANE, OWNER)
+    before = nodes.server.command("INFO", "commandstats")["cmdstat_hmget"]["calls"]
+    assert len((await nodes.one.list_jobs(JobFilter(states=("running",)))).jobs) == 1
+    assert nodes.server.command("INFO", "commandstats")["cmdstat_hmget"]["calls"] - before < 10
+
+
 async def test_a_submit_that_too_few_replicas_have_is_not_accepted(server, tmp_path):
     server.command("FLUSHALL")
     store = redis_queue(server, tmp_path, replicas=1)

@@ -6,10 +6,11 @@ import re
 
 import pytest
 
-from gateway.overflow.job import LEASE_S, ParentLease
+from gateway.overflow.job import LEASE_S, JobFilter, ParentLease
 from gateway.overflow.store import LARGEST_BYTES, StoreAwayError
 from gateway.stores import queue_schema
 from gateway.stores.limit_sqlite import Clocks
+from gateway.stores.queue_list import list_rows
 from gateway.stores.queue_sqlite import DATABASE_NAME, SqliteQueueStore
 from gateway.stores.sqlite import StorageError, open_database
 from tests.support.queue_clock import QueueClock
@@ -67,6 +68,15 @@ def plan_of(connection, statement):
     values = (None,) * len(set(re.findall(r"\?\d*", statement))) if "?1" in statement else ()
     values = values or (None,) * statement.count("?")
     return [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", values)]
+
+
+@pytest.mark.parametrize("states", [("cancelling",), ("running", "cancelling")])
+async def test_what_workers_ask_every_second_is_found_among_what_runs(store, states):
+    where = JobFilter(states=states)
+    asked = store._thread.write(lambda connection, _: list_rows(connection, where, None, 100))
+    (statement,) = [each for each in await statements_of(store, asked) if " FROM job " in each]
+    (plan, _) = plan_of(store._thread._connection, statement)
+    assert "job_leased" in plan
 
 
 async def test_the_claim_of_a_long_queue_reads_as_much_as_that_of_a_short_one(store):

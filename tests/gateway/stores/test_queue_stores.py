@@ -512,6 +512,28 @@ async def test_jobs_are_listed_newest_first_by_page(queue):
     assert len((await queue.store.list_jobs(JobFilter(), "no cursor of ours")).jobs) == 6
 
 
+async def test_jobs_that_somebody_has_are_listed_newest_first_by_page(queue):
+    for number in range(6):
+        await queue.store.submit(a_job(f"job_{number}", tenant=f"t{number % 2}"), NO_LIMITS)
+    leases = {}
+    for _ in range(5):
+        claimed = await queue.store.claim(LANE, "o")
+        leases[claimed.job.id] = claimed.lease
+    for job_id in ("job_1", "job_2", "job_3"):
+        await queue.other.cancel("", job_id)
+    await queue.store.finish(leases["job_3"], an_answer())
+    cancelling = await queue.store.list_jobs(JobFilter(states=("cancelling",)))
+    assert [job.id for job in cancelling.jobs] == ["job_2", "job_1"]
+    running = JobFilter(states=("running", "cancelling"))
+    leased = sorted(leases.keys() - {"job_3"}, reverse=True)
+    page = await queue.store.list_jobs(running, limit=2)
+    assert [job.id for job in page.jobs] == leased[:2]
+    page = await queue.store.list_jobs(running, page.cursor, limit=2)
+    assert ([job.id for job in page.jobs], page.cursor) == (leased[2:], None)
+    own = await queue.store.list_jobs(JobFilter(tenant="t1", states=("running", "cancelling")))
+    assert {job.tenant for job in own.jobs} == {"t1"}
+
+
 async def test_stats_and_standings_say_how_long_the_queue_is(queue):
     await submit(queue, "job_a", "job_b", "job_c")
     await submit(queue, "job_d", job_class="batch")
