@@ -30,6 +30,7 @@ class EndpointLoad:
         "max_in_flight",
         "max_waiting",
         "name",
+        "place",
         "processes",
         "running",
         "scraped_at",
@@ -56,6 +57,9 @@ class EndpointLoad:
             max_waiting  # in the engine's own queue at which it counts as full; 0: not looked at
         )
         self.processes = processes  # gateway processes that send here, each counting only its own
+        self.place = (
+            0  # which of them this is, from 0: of what they share out, the first ones take the odd ones
+        )
         # Counted by this process, before dispatch, through `policies.placement.hold`.
         self.in_flight = 0
         self.uncached_tokens = 0  # of prompts whose first token is not there yet
@@ -69,6 +73,10 @@ class EndpointLoad:
         # Written by health checking: 1 whole, between 0 and 1 warming up, 0 out.
         self.health = 1.0
         self.is_draining = False  # by the operator's word: finishes what it has
+
+    def part_of(self, slots: int) -> int:
+        """This process's share of so many. All shares together are exactly that."""
+        return slots // self.processes + (self.place % self.processes < slots % self.processes)
 
     @property
     def is_limited(self) -> bool:

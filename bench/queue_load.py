@@ -8,7 +8,12 @@ least 90 % of the slots that interactive requests leave idle.
 goodput at least 90 % of saturation; nothing but 200, 202, 429 and 503; every job that was accepted ends.
 
 The engine is the simulator, a real process behind a real gateway. Slots are what is scarce: a decode step takes the same
-however many share it, as on a GPU that is bound by memory bandwidth. Prints a table; speed fails nothing.
+however many share it, as on a GPU that is bound by memory bandwidth. `--vllm FOLDER` takes a real vLLM with that model instead, the one in
+.venv-engine: at small size, on the CPU, where a step does take longer the more share it:
+
+    python -m bench.queue_load interactive --vllm .venv-engine/models/tiny --slots 32 --rate 0.3 --seconds 120
+
+Prints a table; speed fails nothing.
 """
 
 from __future__ import annotations
@@ -30,9 +35,11 @@ import yaml
 
 from bench.machine import describe
 from bench.processes import free_port
+from local_engine.installed import look
 
 KEY, OPERATOR_KEY = "sk-bench-3f9c1d7a5e204b86", "op-bench-7d21c0f4a98e6b35"
 MODEL = "demo"
+ENVIRONMENT = Path(__file__).parents[1] / ".venv-engine"
 FINAL = {"succeeded", "failed", "dead", "cancelled", "expired"}
 
 
@@ -49,6 +56,7 @@ def main() -> int:
     words.add_argument(
         "--asking", type=float, default=0.3, help="share of the overload that asks for the queue"
     )
+    words.add_argument("--vllm", type=Path, metavar="FOLDER", help="a model for a real engine, on the CPU")
     words.add_argument("--seed", type=int, default=1)
     words.add_argument("--directory", type=Path, help="where the data and the log are kept")
     words.add_argument("--json", action="store_true")
@@ -85,14 +93,6 @@ class Gateway:
         self.url, self.plane = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{plane}"
         self._directory = directory
         self._process: asyncio.subprocess.Process | None = None
-        engine = {
-            "model": MODEL,
-            "max_num_seqs": options.slots,
-            "decode_us_per_token": 50_000,
-            "load_factor": 1.0,
-            "prefill_overhead_us": 1_000,
-            "prefill_us_per_token": 100,
-        }
         config = {
             "server": {"port": port, "workers": options.workers},
             "management": {
@@ -105,14 +105,14 @@ class Gateway:
             "keys": [{"name": "bench", "key": KEY}],
             "pools": {
                 "engines": {
-                    "simulator": engine,
+                    **(a_simulator(options.slots) if options.vllm is None else a_vllm(options)),
                     "placement": {"max_in_flight": options.slots},
                 }
             },
             "models": {
                 MODEL: {"targets": [{"pool": "engines", "model": MODEL}], "price": {"input": 1, "output": 2}}
             },
-            "overload": {"default": {"wait_s": 5, "waiting": 64}},
+            "overload": {"default": {"wait_s": 5 if options.vllm is None else 120, "waiting": 64}},
             "queue": {"enabled": True},
         }
         (directory / "config.yaml").write_text(yaml.safe_dump(config))
@@ -125,20 +125,58 @@ class Gateway:
                 stderr=log,
             )
         async with aiohttp.ClientSession() as session:
-            for _ in range(600):
+            for _ in range(2400):  # a real engine takes half a minute, and ten on a machine that is busy
                 try:
-                    async with session.get(f"{self.url}/readyz") as answer:
-                        if answer.status == 200:
-                            return
+                    if await self._is_up(session):
+                        return
                 except aiohttp.ClientError:
                     pass
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.5)
         raise SystemExit((self._directory / "log").read_text())
 
+    async def _is_up(self, session: aiohttp.ClientSession) -> bool:
+        """The gateway, and its engine."""
+        headers = {"authorization": f"Bearer {OPERATOR_KEY}"}
+        async with session.get(f"{self.plane}/api/status", headers=headers) as answer:
+            states = [endpoint["state"] for endpoint in (await answer.json())["endpoints"]]
+        async with session.get(f"{self.url}/readyz") as answer:
+            return answer.status == 200 and states == ["up"]
+
     async def stop(self) -> None:
+        """An engine outlives a gateway that is killed."""
         if self._process is not None and self._process.returncode is None:
-            self._process.kill()
+            self._process.terminate()
             await self._process.wait()
+
+
+def a_simulator(slots: int) -> dict[str, Any]:
+    timing = {
+        "decode_us_per_token": 50_000,
+        "load_factor": 1.0,
+        "prefill_overhead_us": 1_000,
+        "prefill_us_per_token": 100,
+    }
+    return {"simulator": {"model": MODEL, "max_num_seqs": slots, **timing}}
+
+
+def a_vllm(options: argparse.Namespace) -> dict[str, Any]:
+    found = look(ENVIRONMENT)
+    if found is None:
+        raise SystemExit("There is no vLLM in .venv-engine: make engine-cpu")
+    return {
+        "vllm": {
+            "model": str(options.vllm.resolve()),
+            "name": MODEL,
+            "command": list(found.command),
+            "gpus": "none",
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": 256 << 20,
+            "max_model_len": 4096,
+            "max_num_seqs": options.slots,
+            "start_timeout_s": 1200,
+            "env": {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        }
+    }
 
 
 class Load:
@@ -184,12 +222,13 @@ class Load:
     async def arrivals(self, seed: int, seconds: float) -> list[float]:
         """Times to the first token, of streams that come at random moments."""
         draw = random.Random(seed)
+        words = (200, 600) if self.options.vllm is None else (20, 60)  # a CPU computes prompts slowly
         tasks, until_at = [], time.perf_counter() + seconds
         due_at = time.perf_counter()
         while due_at < until_at:
             due_at += draw.expovariate(self.options.rate)
             await asyncio.sleep(max(0.0, due_at - time.perf_counter()))
-            tasks.append(asyncio.create_task(self.stream(draw.randint(200, 600))))
+            tasks.append(asyncio.create_task(self.stream(draw.randint(*words))))
         return await asyncio.gather(*tasks)
 
     async def stream(self, words: int) -> float:

@@ -75,7 +75,7 @@ class App:
         storage = Path(config.storage.directory)
         self._telemetry = telemetry
         self._prices = PriceBook()
-        self._upstreams = Upstreams(_workers(config))
+        self._upstreams = Upstreams(_workers(config), _slot(name))
         self._caches = CacheWatch()
         self._placers = Placers(self._caches)
         self._prompt_tokens = PromptTokens()
@@ -372,6 +372,12 @@ class App:
 
 def _declared(config: Config) -> Declared:
     return config.declared()
+
+
+def _slot(name: str) -> int:
+    """Of a worker, by its name (`w0-3`): which of those that run at once it is."""
+    slot = name.partition("-")[0].removeprefix("w")
+    return int(slot) if slot.isdecimal() else 0
 
 
 def _workers(config: Config) -> int:

@@ -34,11 +34,12 @@ _MAX_RESOLVED: Final = 1024
 class Upstreams:
     """The endpoints in use, by pool and address, and those that are not but have requests. One per worker."""
 
-    def __init__(self, processes: int = 1) -> None:
-        """`processes`: how many of ours, each with Upstreams of its own, send to the same endpoints."""
+    def __init__(self, processes: int = 1, place: int = 0) -> None:
+        """`processes`: how many of ours, each with Upstreams of its own, send to the same endpoints; `place`: which this is."""
         self._endpoints: dict[tuple[str, str, int | None], tuple[PoolSettings, Endpoint]] = {}
         self._leaving: list[Endpoint] = []
         self._processes = processes
+        self._place = place
 
     def pools(self, settings: Iterable[PoolSettings]) -> dict[str, Pool]:
         """The pools of this configuration, by name; endpoints of others are dropped."""
@@ -74,6 +75,7 @@ class Upstreams:
                 endpoint.max_in_flight = pool.placement.max_in_flight
                 endpoint.max_waiting = pool.placement.max_waiting
                 endpoint.processes = self._processes
+                endpoint.place = self._place
                 endpoint.orca = _orca(pool.health)
                 kept[key] = (own, endpoint)
             built = [(m.role, kept[pool.name, m.base_url, m.rank][1]) for m in members]

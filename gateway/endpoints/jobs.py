@@ -190,7 +190,7 @@ async def _find(doors: Doors, asked: Asked) -> Job:
 
 async def _waited(doors: Doors, asked: Asked, job: Job) -> Job:
     text = asked.query.get("wait")
-    if text is None or job.is_final:
+    if text is None:
         return job
     try:
         wait_s = float(text)
@@ -198,6 +198,8 @@ async def _waited(doors: Doors, asked: Asked, job: Job) -> Job:
         wait_s = -1.0
     if not 0 <= wait_s <= _LONGEST_WAIT_S:
         raise Refusal(400, "invalid_value", f"`wait` is a time from 0 to {_LONGEST_WAIT_S:g} seconds", "wait")
+    if job.is_final:
+        return job
     return await doors.watch.final(job.tenant, job.id, time.monotonic() + wait_s) or job
 
 

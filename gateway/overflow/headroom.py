@@ -6,6 +6,7 @@ is, one job starts there now and then. Refuses to know jobs: it counts what it i
 """
 
 from collections.abc import Callable, Sequence
+from math import ceil
 from typing import Final, NamedTuple
 
 from backends.pool import Pool
@@ -19,6 +20,7 @@ from policies.placement.async_room import (
     Trickle,
     idle_slots,
     is_congested,
+    job_slots,
 )
 
 _OPENAI: Final = b"x-ratelimit-"
@@ -124,9 +126,9 @@ class Headroom:
             return 0
         idle = idle_slots(pool.endpoints, now, reserve) - load.unsent.get(pool.name, 0)
         running = load.running.get(pool.name, 0)
-        room = min(idle, gate.limit.room(running, now))
+        room = min(idle, gate.limit.room(running, now), job_slots(pool.endpoints, reserve) - running)
         slots = sum(endpoint.max_in_flight for endpoint in pool.endpoints) / self._processes
-        ramped = gate.ramp.room(running, min(slots or gate.limit.value, gate.limit.value), now)
+        ramped = gate.ramp.room(running, min(ceil(slots) or gate.limit.value, gate.limit.value), now)
         self.is_ramping = self.is_ramping or 0 <= ramped < room
         return min(room, ramped)
 

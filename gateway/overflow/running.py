@@ -247,7 +247,7 @@ class Runner:
         return Outcome(
             state=state,
             result=result,
-            error="" if state == "succeeded" else _error_text(exchange, told),
+            error=_error_text(exchange, told) if state == "failed" else "",
             units=usage.prompt_tokens + usage.output_tokens if usage is not None else 0,
             cost_nanousd=exchange.cost_nanousd,
             usage=bytes(told.usage) if told is not None and state == "succeeded" else b"",

@@ -35,6 +35,22 @@ def idle_slots(endpoints: Sequence[EndpointLoad], now: float, reserve: float) ->
     return sum(_idle(endpoint, now, reserve) for endpoint in endpoints)
 
 
+def job_slots(endpoints: Sequence[EndpointLoad], reserve: float) -> int:
+    """How many jobs this process may have there at most, however they are spread: its part of what is not kept free.
+
+    Placement sends a job where its cache is, not where `idle_slots` saw the room; without a bound on all of them, those that
+    one endpoint has too many would be started once more for another.
+    """
+    return sum(
+        endpoint.part_of(_slots(endpoint, reserve)) if endpoint.max_in_flight else _UNKNOWN
+        for endpoint in endpoints
+    )
+
+
+def _slots(endpoint: EndpointLoad, reserve: float) -> int:
+    return max(1, endpoint.max_in_flight - _kept(endpoint, reserve))
+
+
 def _kept(endpoint: EndpointLoad, reserve: float) -> int:
     """Slots that stay free for others."""
     return max(1, ceil(endpoint.max_in_flight * reserve)) if reserve else 0
@@ -63,14 +79,14 @@ def _idle(endpoint: EndpointLoad, now: float, reserve: float) -> int:
         return 0
     if not endpoint.max_in_flight:
         return _UNKNOWN
-    slots = max(1, endpoint.max_in_flight - _kept(endpoint, reserve))
-    # Each process takes its part, or they would all take the same.
-    ours = -(-slots // endpoint.processes) - endpoint.in_flight
+    slots = _slots(endpoint, reserve)
+    # Each process takes its part, or they would all take the same; rounded up, the parts would eat what is kept free.
+    ours = endpoint.part_of(slots) - endpoint.in_flight
     if is_seen:
         # The engine's figure is of a moment ago, and may be older than what we had then. What we have sent and got back
         # since we know ourselves.
         idle = slots - endpoint.running - endpoint.waiting
-        part = -(-idle // endpoint.processes) if idle > 0 else idle
+        part = endpoint.part_of(idle) if idle > 0 else idle
         ours = min(ours, part - (endpoint.in_flight - endpoint.in_flight_at_scrape))
     return max(0, ours)
 

@@ -444,7 +444,8 @@ async def test_a_job_that_runs_is_cut_off_at_once_and_pays_for_what_it_used(gate
     cancelled = await get(gateway, f"/v1/jobs/{job_id}/cancel", "POST")
     assert json.loads(cancelled.body)["status"] in ("cancelling", "cancelled")
     assert await asyncio.to_thread(roomy.wait_end, record) == "peer gone"
-    assert (await job(gateway, job_id))["status"] == "cancelled"
+    ended = await job(gateway, job_id)
+    assert (ended["status"], ended["error"]["message"]) == ("cancelled", "it was cancelled")
     row = gateway.row(job_id)
     assert (row["is_estimated"], row["cost_nanousd"] > 0) == (1, True)
 
@@ -455,6 +456,8 @@ async def test_a_job_that_has_ended_stays_as_it_is_and_is_deleted_when_asked(gat
     cancelled = await get(gateway, f"/v1/jobs/{job_id}/cancel", "POST")
     assert json.loads(cancelled.body)["status"] == "succeeded"
     assert (await get(gateway, f"/v1/jobs/{job_id}/result")).status == 200
+    for wait in ("x", "-1", "nan"):  # wrong however soon the answer is there
+        assert (await get(gateway, f"/v1/jobs/{job_id}?wait={wait}")).status == 400
     await get(gateway, f"/v1/jobs/{job_id}", "DELETE")
     gone = await get(gateway, f"/v1/jobs/{job_id}/result")
     assert gone.status == 410

@@ -12,6 +12,7 @@ from policies.placement.async_room import (
     Trickle,
     idle_slots,
     is_congested,
+    job_slots,
 )
 
 
@@ -50,6 +51,26 @@ def endpoint(slots=0, in_flight=0, processes=1, **scraped):
 )
 def test_idle_slots_are_what_nobody_would_wait_for(load, reserve, idle):
     assert idle_slots([load], 10.0, reserve) == idle
+
+
+@pytest.mark.parametrize(("slots", "processes"), [(3, 2), (89, 8), (1, 4), (6, 3)])
+def test_what_the_processes_take_together_is_what_there_is(slots, processes):
+    """Rounded up in each, eight of them took 96 of the 96 slots of which seven are kept."""
+    shares = []
+    for place in range(processes):
+        load = endpoint(slots=slots, processes=processes, running=0)
+        load.place = place
+        shares.append(idle_slots([load], 10.0, 0.0))
+    assert sum(shares) == slots
+    assert max(shares) - min(shares) <= 1
+
+
+def test_jobs_that_all_went_to_one_endpoint_are_not_started_once_more_for_the_other():
+    pool = [endpoint(slots=4, in_flight=3), endpoint(slots=4)]
+    assert idle_slots(pool, 1.0, 0.05) == 3
+    assert job_slots(pool, 0.05) == 6
+    assert job_slots([endpoint(slots=4, processes=2)], 0.05) == 2
+    assert job_slots([endpoint()], 0.05) > 1000
 
 
 def test_an_endpoint_that_is_out_or_drains_has_none():
