@@ -49,7 +49,9 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePool]:
         "seldom": {"targets": [{"pool": "seldom", "model": "org/tiny"}], "price": PRICE},
     }
     directory = tmp_path_factory.mktemp("gateway")
-    with EnginePool(directory, spec, more_pools=more, models=models) as running:
+    # Requests wait as long as a start takes, which on a busy machine is long.
+    patience = {"default": {"wait_s": 90}}
+    with EnginePool(directory, spec, more_pools=more, models=models, overload=patience) as running:
         running.wait(lambda: running.states() == ["ready", "ready", "planned"])
         yield running
         everything = everything_of(running)

@@ -70,7 +70,7 @@ class Gateway:
     def write_config(self) -> None:
         self.config_path.write_text(yaml.safe_dump(self.config, sort_keys=False))
 
-    def start(self, ready_s: float = 60.0) -> None:
+    def start(self, ready_s: float = 120.0) -> None:
         self.write_config()
         environment = {k: v for k, v in os.environ.items() if not k.endswith(("_API_KEY", "_BASE_URL"))}
         with self.log_path.open("ab") as log:
@@ -94,7 +94,7 @@ class Gateway:
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 
-    def wait_log(self, text: str, within_s: float = 5.0) -> str:
+    def wait_log(self, text: str, within_s: float = 30.0) -> str:
         """The log, once it holds `text`: lines are written a moment late."""
         deadline = time.monotonic() + within_s
         while text not in (log := self.log()):
@@ -119,11 +119,11 @@ class Gateway:
             self.process.kill()
             self.process.wait(10)
 
-    def rows(self, expected: int = 0, within_s: float = 5.0) -> list[dict[str, Any]]:
+    def rows(self, expected: int = 0, within_s: float = 30.0) -> list[dict[str, Any]]:
         """The ledger, oldest first; waits until there are as many rows as expected."""
         return self._rows("ORDER BY received_time_us, request_id", (), expected, within_s)
 
-    def row(self, request_id: str, within_s: float = 5.0) -> dict[str, Any]:
+    def row(self, request_id: str, within_s: float = 30.0) -> dict[str, Any]:
         """The row of one request; waits until it is written."""
         rows = self._rows("WHERE request_id = ?", (request_id,), 1, within_s)
         assert len(rows) == 1, f"{len(rows)} rows for {request_id}"
