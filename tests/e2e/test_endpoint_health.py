@@ -21,7 +21,7 @@ QUICK = {
     "eject_s": 0.5,
     "slow_start_s": 0.2,
     "probe_every_s": 0.1,
-    "probe_timeout_s": 1,
+    "probe_timeout_s": 10,
     "scrape_every_s": 0.1,
 }
 _numbers = itertools.count()
