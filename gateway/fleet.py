@@ -264,7 +264,7 @@ class Fleet:
             if worker.state in ("ready", "draining") and worker.name != but:
                 worker.send(word)
 
-    async def collect(self, timeout_s: float = 1.0) -> None:
+    async def collect(self, timeout_s: float = 4.0) -> None:
         """Have every worker's metrics up to date in the page; those of one that does not answer stay as they were."""
         number = next(self._numbers)
         asked = [worker for worker in self._workers.values() if worker.state in ("ready", "draining")]

@@ -57,6 +57,9 @@ from gateway.telemetry import Telemetry
 ORPHAN_DRAIN_S: Final = 10.0
 ORPHAN_LIMIT_S: Final = 30.0
 _ACCEPTED_S: Final = 0.25
+# A kept connection that is closed just as its client sends the next request loses that. With a successor there is no hurry.
+_KEPT_S: Final = 2.0
+_KEPT_POLL_S: Final = 0.05
 _TICK_S: Final = 0.25
 _HEARTBEAT_S: Final = 1.0
 _REPORT_S: Final = 5.0
@@ -252,6 +255,8 @@ class Worker:
             # next one of a kept connection that is in use: closed under it, it would be lost.
             application.announce_drain()
             await asyncio.sleep(min(_ACCEPTED_S, order.timeout_s))
+            if not order.is_shutdown:
+                await _until_unused(application, min(_KEPT_S, order.timeout_s))
         return await application.drain(order.timeout_s)
 
     def _terminated(self) -> None:
@@ -323,6 +328,12 @@ class Worker:
             "Log lines nobody read in time.",
             lambda: logs.dropped,
         )
+
+
+async def _until_unused(application: Application, within_s: float) -> None:
+    until_at = time.monotonic() + within_s
+    while application.open_connections and time.monotonic() < until_at:  # noqa: ASYNC110 - nobody tells of the last one
+        await asyncio.sleep(_KEPT_POLL_S)
 
 
 def _resident_bytes() -> int:

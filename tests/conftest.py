@@ -4,12 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# What a random search finds should fail here and now, not on somebody else's change: HEADGATE_TEST_SEARCH=1 searches.
-settings.register_profile("repeatable", derandomize=True, database=None)
-if not os.environ.get("HEADGATE_TEST_SEARCH"):
-    settings.load_profile("repeatable")
+# What a random search finds should fail here and now, not on somebody else's change: HEADGATE_TEST_SEARCH=1 searches. How
+# long an example takes is the machine's business.
+patient = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("repeatable", derandomize=True, database=None, **patient)
+settings.register_profile("search", **patient)
+settings.load_profile("search" if os.environ.get("HEADGATE_TEST_SEARCH") else "repeatable")
 
 
 def pytest_make_parametrize_id(config, val, argname):

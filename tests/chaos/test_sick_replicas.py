@@ -7,6 +7,7 @@ moves are wider. `HEADGATE_TEST_OUTAGE_S=60` is the long form of the outage of a
 
 import os
 import random
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import pytest
@@ -32,8 +33,20 @@ ILLNESSES = {
 pytestmark = pytest.mark.chaos
 
 
-def a_run(directory, **settings) -> FaultRun:
-    return FaultRun(directory, SEED, health={} if FAULT_S else QUICK, **settings)
+# A machine that stands still for so long fails requests by itself; such a run says nothing and is made again.
+STILL_S = 0.3
+RUNS = 3
+
+
+def runs(directory) -> Iterator[FaultRun]:
+    """The first run in which the machine did not stand still; the last one counts in any case."""
+    for number in range(RUNS):
+        place = directory / str(number)
+        place.mkdir()
+        run = FaultRun(place, SEED, health={} if FAULT_S else QUICK)
+        yield run
+        if run.late_s < STILL_S:
+            return
 
 
 async def fall_ill(run: FaultRun, illness: AbstractContextManager, for_s: float) -> dict[str, float]:
@@ -66,11 +79,12 @@ async def fall_ill(run: FaultRun, illness: AbstractContextManager, for_s: float)
 
 @pytest.mark.parametrize("illness", ILLNESSES if FAULT_S else list(ILLNESSES)[:2])
 async def test_18_one_of_four_is_ill_and_hardly_anybody_notices(tmp_path, capsys, illness):
-    with a_run(tmp_path) as run:
-        seen = await fall_ill(run, ILLNESSES[illness](run), FAULT_S or 5.0)
-        left = run.left_behind()
-        with capsys.disabled():
-            print(f"\nHEADGATE_TEST_SEED={SEED} {illness}: {seen}; {run.summary()}")
+    for each in runs(tmp_path):
+        with each as run:
+            seen = await fall_ill(run, ILLNESSES[illness](run), FAULT_S or 5.0)
+            left = run.left_behind()
+            with capsys.disabled():
+                print(f"\nHEADGATE_TEST_SEED={SEED} {illness}: {seen}; {run.summary()}")
     assert not (found := faults(seen, left)), f"{found}\n{run.summary()}"
 
 
@@ -98,16 +112,15 @@ async def outage(run: FaultRun, for_s: float) -> tuple[float, list[Call]]:
 
 
 async def test_19_when_all_are_down_attempts_stay_under_a_fifth_more_than_requests(tmp_path, capsys):
-    with a_run(tmp_path) as run:
-        amplification, during = await outage(run, OUTAGE_S)
-        await run.load(BACK_WITHIN_S)
-        after = run.between(run.now - 1.0, run.now)
-        left = run.left_behind()
-        wasted, billed = run.wasted_nanousd()
-        with capsys.disabled():
-            print(
-                f"\nHEADGATE_TEST_SEED={SEED} all down: {amplification:.3f} attempts a request; {run.summary()}"
-            )
+    for each in runs(tmp_path):
+        with each as run:
+            amplification, during = await outage(run, OUTAGE_S)
+            await run.load(BACK_WITHIN_S)
+            after = run.between(run.now - 1.0, run.now)
+            left = run.left_behind()
+            wasted, billed = run.wasted_nanousd()
+            with capsys.disabled():
+                print(f"\nHEADGATE_TEST_SEED={SEED} all down: {amplification:.3f} attempts; {run.summary()}")
     assert len(during) > 20 * OUTAGE_S
     assert amplification <= 1.2
     assert all(call.status in (500, 502, 503) for call in during)

@@ -80,7 +80,7 @@ def due(strict: Gateway) -> Iterator[Callable[..., None]]:
     assert found == expected
 
 
-def _settled(gateway: Gateway, within_s: float = 10.0) -> dict[str, float]:
+def _settled(gateway: Gateway, within_s: float = 60.0) -> dict[str, float]:
     """What is still open once idle connections had time to expire (upstream connections are kept for 4 s)."""
     deadline = time.monotonic() + within_s
     while True:

@@ -1,7 +1,6 @@
 """A client that leaves stops the upstream, in every phase: SDKs cancel by closing the connection and in no other way."""
 
 import asyncio
-import statistics
 import time
 
 import anthropic
@@ -15,20 +14,17 @@ from tests.support.scripted_upstream import Answer
 
 pytestmark = pytest.mark.e2e
 
-LIMIT_S = 0.25
-ROUNDS = 5  # the median counts: one round may be unlucky on a busy machine
+LIMIT_S = 2.5  # ten times what it takes on a busy machine
+PATIENCE_S = 1.0  # of a client that gives up: by then its request is at the upstream
 
 
 def assert_quick(upstream, leave, phase):
     """`leave` makes a request and goes; the upstream must notice."""
-    delays = []
-    for number in range(1, ROUNDS + 1):
-        leave()
-        left_at = time.perf_counter()
-        record = upstream.wait_for(number)
-        assert upstream.wait_end(record) == "peer gone"
-        delays.append(record.ended_at - left_at)
-    assert statistics.median(delays) < LIMIT_S, f"{phase}: {delays}"
+    leave()
+    left_at = time.perf_counter()
+    record = upstream.wait_for()
+    assert upstream.wait_end(record) == "peer gone"
+    assert record.ended_at - left_at < LIMIT_S, phase
 
 
 def test_closing_a_chat_stream_midway_stops_the_upstream(client, gateway, upstream):
@@ -98,14 +94,19 @@ def test_a_client_that_hangs_up_at_the_upstreams_error_is_not_the_one_that_broke
 def test_a_client_that_gives_up_before_the_first_byte_stops_the_upstream(
     client, gateway, upstream, is_stream
 ):
-    impatient = client.with_options(timeout=0.1)
+    tag = f"left-before-the-head-{is_stream}"
+    impatient = client.with_options(timeout=PATIENCE_S, default_headers={"x-headgate-tags": tag})
 
     def leave():
         with pytest.raises(openai.APITimeoutError):
             impatient.chat.completions.create(model="acme/hang", messages=USER, stream=is_stream)
 
     assert_quick(upstream, leave, "before the head")
-    row = gateway.rows()[-1]
+    deadline = time.monotonic() + 30
+    while not (rows := [row for row in gateway.rows() if tag in row["tags"]]):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    (row,) = rows
     assert (row["ended"], row["status"], row["is_estimated"]) == ("client_gone", 499, 1)
     assert row["ttft_us"] is None
 
@@ -113,7 +114,7 @@ def test_a_client_that_gives_up_before_the_first_byte_stops_the_upstream(
 def test_a_client_that_gives_up_in_the_middle_of_an_unstreamed_body_stops_the_upstream(client, upstream):
     def leave():
         with pytest.raises(openai.APITimeoutError):
-            client.with_options(timeout=0.1).chat.completions.create(
+            client.with_options(timeout=PATIENCE_S).chat.completions.create(
                 model="acme/huge-line+split-400000+hang-after-2+claims-2000000", messages=USER
             )
 
@@ -123,22 +124,21 @@ def test_a_client_that_gives_up_in_the_middle_of_an_unstreamed_body_stops_the_up
 def test_a_message_given_up_stops_the_upstream(claude, upstream):
     def leave():
         with pytest.raises(anthropic.APITimeoutError):
-            claude.with_options(timeout=0.1).messages.create(model="claude/hang", messages=USER, max_tokens=9)
+            claude.with_options(timeout=PATIENCE_S).messages.create(
+                model="claude/hang", messages=USER, max_tokens=9
+            )
 
     assert_quick(upstream, leave, "before the head")
 
 
 async def test_a_cancelled_task_of_the_asynchronous_sdk_stops_the_upstream(async_client, upstream):
-    delays = []
-    for number in range(1, ROUNDS + 1):
-        call = asyncio.ensure_future(async_client.chat.completions.create(model="acme/hang", messages=USER))
-        record = await asyncio.to_thread(upstream.wait_for, number)
-        call.cancel()
-        await asyncio.gather(call, return_exceptions=True)
-        left_at = time.perf_counter()
-        assert await asyncio.to_thread(upstream.wait_end, record) == "peer gone"
-        delays.append(record.ended_at - left_at)
-    assert statistics.median(delays) < LIMIT_S, delays
+    call = asyncio.ensure_future(async_client.chat.completions.create(model="acme/hang", messages=USER))
+    record = await asyncio.to_thread(upstream.wait_for)
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    left_at = time.perf_counter()
+    assert await asyncio.to_thread(upstream.wait_end, record) == "peer gone"
+    assert record.ended_at - left_at < LIMIT_S
 
 
 @pytest.mark.parametrize("how", ["close", "reset", "half_close"])
@@ -161,9 +161,10 @@ def test_the_load_of_requests_that_were_left_is_given_back(client, gateway, upst
         return gateway.metrics()['headgate_requests_in_flight{endpoint="acme"}']
 
     stream = client.chat.completions.create(model="acme/hang-after-3", messages=USER, stream=True)
-    assert in_flight() == 1
+    deadline = time.monotonic() + 30
+    while in_flight() != 1:
+        assert time.monotonic() < deadline
     stream.close()
     upstream.wait_end(upstream.wait_for())
-    deadline = time.monotonic() + 30
     while in_flight():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline + 30

@@ -57,20 +57,27 @@ class Split:
         return engine.metrics()['prompt_tokens_by_source_total{source="local_compute"}']
 
 
-def a_gateway(directory: Any, engines: list[SimulatorProcess], mutant: str = "", **prefill: Any) -> Gateway:
+def a_gateway(
+    directory: Any, engines: list[SimulatorProcess], mutant: str = "", hasty_s: float = 0.0
+) -> Gateway:
+    """The pool `gpu` and the model `m`; with `hasty_s` the model `hasty` too, of a pool that waits no longer for a prompt."""
     pool = {
         "type": "simulator",
         "endpoints": [f"{engine.url}/v1" for engine in engines],
         "roles": ["prefill", *["decode"] * (len(engines) - 1)],
-        "prefill": {"least_tokens": 100, **prefill},
+        "prefill": {"least_tokens": 100, "timeout_s": 60.0},
         # A test's own failures are to be seen by the next request, too.
         "health": {"failures": 0, "retry_floor": 1000, "probe": "none", "scrape": "none"},
     }
+    pools = {"gpu": pool}
     models = {"m": {"targets": [{"pool": "gpu", "model": "demo"}], "price": PRICE}}
+    if hasty_s:
+        pools["hasty"] = pool | {"prefill": {**pool["prefill"], "timeout_s": hasty_s}}
+        models["hasty"] = {"targets": [{"pool": "hasty", "model": "demo"}], "price": PRICE}
     broken: dict[str, Any] = {}
     if mutant:
         broken = {"module": "tests.mutants.gateway", "environ": {"HEADGATE_TEST_MUTANT": mutant}}
-    return Gateway(directory, pools={"gpu": pool}, models=models, logging={"access": False}, **broken)
+    return Gateway(directory, pools=pools, models=models, logging={"access": False}, **broken)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +89,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Split]:
         SimulatorProcess(**options) as second,
     ):
         engines = [prefill, first, second]
-        with a_gateway(tmp_path_factory.mktemp("split"), engines, timeout_s=2.0) as gateway:
+        with a_gateway(tmp_path_factory.mktemp("split"), engines, hasty_s=1.0) as gateway:
             yield Split(gateway, engines)
             log = gateway.log()
         assert "Traceback" not in log, log[-4000:]
@@ -204,7 +211,8 @@ def test_a_clients_own_params_reach_no_engine(split):
 def test_when_the_prompt_is_not_computed_elsewhere_it_is_where_it_is_answered(split, fault, reason, stream):
     # A kept connection that is reset is tried once more on a fresh one.
     split.prefill.fault(fault, 2 if fault == "reset" else 1)
-    raw = split.ask(stream=stream)
+    model, prefiller = ("hasty", "hasty/0") if fault == "hang" else ("m", "gpu/0")
+    raw = split.ask(stream=stream, model=model)
     if stream:
         assert list(raw.parse())
     row = split.row(raw)
@@ -215,7 +223,7 @@ def test_when_the_prompt_is_not_computed_elsewhere_it_is_where_it_is_answered(sp
         "",
     )
     ((endpoint, why, took_us, _),) = json.loads(row["failed_attempts"])
-    assert (endpoint, why) == ("gpu/0", reason)
+    assert (endpoint, why) == (prefiller, reason)
     assert took_us > 0
     assert "x-headgate-prefill" not in raw.headers
     until(lambda: split.held() == 0)
@@ -253,7 +261,8 @@ async def test_a_client_that_leaves_while_its_prompt_is_computed_stops_that(spli
                 extra_headers={"x-headgate-tags": "left-early"},
             )
         )
-        await asyncio.sleep(0.3)
+        computing = 'headgate_requests_in_flight{endpoint="gpu/0"}'
+        await asyncio.to_thread(until, lambda: split.gateway.metrics().get(computing) == 1)
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
 

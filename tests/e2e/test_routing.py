@@ -344,7 +344,8 @@ def test_a_shadow_that_hangs_neither_delays_nor_fails_anything_and_is_bounded(ga
             status, _, _ = ask(gateway, "watched")
             assert status == 200
         assert sent_models(main).count("copy") <= 2
-        assert gateway.metrics()['headgate_shadow_requests_dropped_total{reason="at_limit"}'] >= 4
+        dropped = 'headgate_shadow_requests_dropped_total{reason="at_limit"}'
+        wait_until(lambda: gateway.metrics().get(dropped, 0) >= 4)
     finally:
         gate.set()
     wait_until(lambda: gateway.metrics()['headgate_requests_in_flight{endpoint="canary"}'] == 0)
@@ -359,7 +360,7 @@ def test_a_shadowed_stream_is_read_to_its_end(gateway, main):
     assert row["cost_nanousd"] > 0
 
 
-def wait_until(holds, within_s: float = 8.0) -> None:
+def wait_until(holds, within_s: float = 30.0) -> None:
     deadline = time.monotonic() + within_s
     while not holds():
         assert time.monotonic() < deadline

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -28,7 +29,7 @@ from gateway.control import (
     ToParent,
     open_channel,
 )
-from gateway.worker import leave_with_parent
+from gateway.worker import Worker, leave_with_parent
 
 pytestmark = pytest.mark.e2e  # real processes
 
@@ -117,6 +118,44 @@ async def test_the_last_words_are_the_metrics_and_how_many_were_cut(parent):
     assert await parent.ended() == 0
     writer.close()
     await writer.wait_closed()
+
+
+class Draining:
+    """An application with a kept connection; how it is drained is noted."""
+
+    def __init__(self) -> None:
+        self.open_connections = 1
+        self.drained: list[float] = []
+
+    def unready(self) -> None: ...
+
+    def announce_drain(self) -> None: ...
+
+    async def drain(self, timeout_s: float) -> int:
+        self.drained.append(timeout_s)
+        return 0
+
+
+@pytest.mark.parametrize("is_shutdown", [True, False])
+async def test_while_another_worker_takes_over_kept_connections_have_time_for_their_last_request(
+    monkeypatch, is_shutdown
+):
+    monkeypatch.setattr("gateway.worker._KEPT_S", 3600.0)
+    monkeypatch.setattr("gateway.worker._ACCEPTED_S", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        worker = Worker("w0-1", listener, Loads.create(1), 0, lambda *_: Draining())
+        worker._acceptor = SimpleNamespace(close=lambda: None)
+        application = Draining()
+        draining = asyncio.ensure_future(
+            worker._drain(application, Drain(timeout_s=7200.0, is_shutdown=is_shutdown))
+        )
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert draining.done() == is_shutdown
+        application.open_connections = 0
+        async with asyncio.timeout(30.0):
+            assert await draining == 0
+    assert application.drained == [7200.0]
 
 
 async def test_a_reload_is_answered_with_its_number(parent):

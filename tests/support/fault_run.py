@@ -56,6 +56,9 @@ class FaultRun:
     module: str = "gateway"
     mutant: str = ""
     calls: list[Call] = field(default_factory=list)
+    late_s: float = (
+        0.0  # by so much the latest request was sent after its time: what the machine did, not the gateway
+    )
     engines: list[SimulatorProcess] = field(default_factory=list)
     gateway: Gateway = None
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -105,6 +108,7 @@ class FaultRun:
         until, tasks, due = self.now + for_s, [], self.now
         while due < until:
             await asyncio.sleep(max(0.0, due - self.now))
+            self.late_s = max(self.late_s, self.now - due)
             tasks.append(
                 asyncio.create_task(self._call(chance.randrange(61), is_stream=chance.random() < 0.5))
             )

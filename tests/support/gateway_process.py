@@ -20,10 +20,16 @@ KEY = "sk-test-6f1c2a9b8d7e4f30"  # declared in the configuration of every test 
 OPERATOR_KEY = "op-test-51c07d3e9a6b42f8"
 
 
+_held: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Ours for as long as this process lives: the kernel gives it to nobody else, and whoever names it may listen there."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    _held.append(holder)
+    return holder.getsockname()[1]
 
 
 class Gateway:

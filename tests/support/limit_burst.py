@@ -92,7 +92,7 @@ def readings(directory: Path, *limits: tuple[Limit, str]) -> list[Reading]:
         store.shut()
 
 
-async def settled(directory: Path, *limits: tuple[Limit, str], within_s: float = 10.0) -> list[Reading]:
+async def settled(directory: Path, *limits: tuple[Limit, str], within_s: float = 30.0) -> list[Reading]:
     """The same, once nothing is reserved any more, or the time is over."""
     deadline = asyncio.get_running_loop().time() + within_s
     while True:

@@ -321,7 +321,7 @@ async def test_plain_routes_answer(http, client):
     assert (card.id, card.max_model_len) == ("demo", 8192)
 
 
-async def gauge_becomes(simulator, name, value, within_s=5.0):
+async def gauge_becomes(simulator, name, value, within_s=30.0):
     """Wait until a metric has a value: the only way to see inside another process."""
     loop = asyncio.get_running_loop()
     ends_at = loop.time() + within_s
