@@ -10,7 +10,8 @@ from gateway.alerts import AlertsConfig
 from gateway.stores import alert_table
 from gateway.stores.alert_table import Alert, Delivery
 from gateway.stores.sqlite import DATABASE_NAME, Connection, StorageError, database
-from gateway.webhook_delivery import LEASE_S, Receiver
+from gateway.webhook_delivery import LEASE_S
+from gateway.webhooks import Receiver
 
 _FORGET_S: Final = 3600.0
 

@@ -5,8 +5,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
-from gateway.webhook_delivery import Receiver
-from gateway.webhooks import ANYWHERE, Network, Networks, check_url, read_secret
+from gateway.webhooks import ANYWHERE, Network, Networks, Receiver, check_url, read_secret
 from local_engine.config import Secret, Section
 
 

@@ -11,11 +11,12 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 from gateway.stores.limit_store import StoreAwayError
 from gateway.stores.sqlite import StorageError
-from gateway.webhooks import TIMEOUT_S, Networks, Outcome, Sender
+from gateway.webhook_sender import TIMEOUT_S, Outcome, Sender
+from gateway.webhooks import Receiver, host_of
 
 # After the first attempt, as Standard Webhooks 1.0.0 suggests; each with up to a tenth more, so that many do not come
 # back at once.
@@ -29,17 +30,6 @@ _LONGEST_PUT_OFF_S: Final = 600.0
 _MAX_REMEMBERED: Final = 10_000
 
 _log = logging.getLogger(__name__)
-
-
-class Receiver(NamedTuple):
-    """Where to, signed with what, and where beside the internet that may be."""
-
-    url: str
-    secrets: tuple[bytes, ...]
-    allowed: Networks = ()
-
-    def __repr__(self) -> str:
-        return f"Receiver({host_of(self.url)!r})"
 
 
 class Message(Protocol):
@@ -200,8 +190,3 @@ class WebhookDelivery(Generic[M]):
 def _delay_s(attempts: int, outcome: Outcome) -> float:
     delay_s = RETRIES_S[attempts] * (1 + random.random() / 10)  # noqa: S311 - spreads load, hides nothing
     return max(delay_s, min(outcome.retry_after_s or 0.0, _LONGEST_RETRY_AFTER_S))
-
-
-def host_of(url: str) -> str:
-    """A URL's path may be a secret of its own."""
-    return url.split("/")[2]

@@ -18,8 +18,7 @@ from pydantic import AfterValidator, Field
 
 from gateway.overflow.job import Door
 from gateway.webhook_config import NetworkText, WebhookConfig, read_network
-from gateway.webhook_delivery import Receiver
-from gateway.webhooks import Networks, check_url, read_secret
+from gateway.webhooks import Networks, Receiver, check_url, read_secret
 from local_engine.config import Section
 
 # What a door tells of, by the state of what has ended.

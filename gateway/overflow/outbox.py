@@ -15,7 +15,7 @@ import orjson
 from gateway.overflow.endpoints import EVENTS, Endpoints
 from gateway.overflow.job import Job, JobFilter, OutboxRow, Parent
 from gateway.overflow.store import QueueStore
-from gateway.webhook_delivery import Receiver
+from gateway.webhooks import Receiver
 
 _TOLD_ERROR_CHARACTERS: Final = 500
 

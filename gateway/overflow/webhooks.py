@@ -15,8 +15,9 @@ from gateway.overflow.endpoints import Endpoint, EndpointConfig, Endpoints, Queu
 from gateway.overflow.job import OutboxRow
 from gateway.overflow.outbox import QueueOutbox
 from gateway.overflow.store import QueueStore
-from gateway.webhook_delivery import Receiver, WebhookDelivery, host_of
-from gateway.webhooks import Outcome, Sender
+from gateway.webhook_delivery import WebhookDelivery
+from gateway.webhook_sender import Outcome, Sender
+from gateway.webhooks import Receiver, host_of
 
 TEST_EVENT = "webhook.test"
 

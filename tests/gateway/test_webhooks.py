@@ -8,12 +8,11 @@ import socket
 import pytest
 from aiohttp import web
 
+from gateway.webhook_sender import Outcome, Sender
 from gateway.webhooks import (
     ANYWHERE,
     Networks,
-    Outcome,
     Reach,
-    Sender,
     check_url,
     is_public,
     read_secret,
