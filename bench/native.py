@@ -5,6 +5,7 @@ Nothing is downloaded here. A missing program raises BenchError with the sentenc
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,10 +29,12 @@ def compile_program(name: str) -> Path:
     if compiler is None:
         raise BenchError("the bench needs a C compiler: apt-get install gcc libc6-dev")
     BUILD.mkdir(exist_ok=True)
-    command = [compiler, *FLAGS, "-o", str(program), str(source), "-lm"]
+    draft = program.with_suffix(f".{os.getpid()}")  # nobody who compiles beside us runs half of it
+    command = [compiler, *FLAGS, "-o", str(draft), str(source), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BenchError(f"{source.name} does not compile:\n{done.stderr}")
+    draft.replace(program)
     return program
 
 
