@@ -423,7 +423,7 @@ VALUES += [float("inf"), "x" * 300, "é", "a b", "http://h", "direct", 10**30, b
 @pytest.mark.parametrize("seed", range(4))
 def test_a_spoilt_file_is_refused_in_sentences_or_loads(tmp_path, seed):
     chance = random.Random(seed)
-    original = yaml.safe_load((ROOT / "config.yaml").read_text())
+    original = yaml.load((ROOT / "config.yaml").read_text(), yaml.CSafeLoader)
     for _ in range(60):
         values = copy.deepcopy(original)
         for _ in range(chance.randint(1, 3)):
@@ -435,7 +435,9 @@ def test_a_spoilt_file_is_refused_in_sentences_or_loads(tmp_path, seed):
                 holder[chance.choice(["zz", "type", "name", "a/b", "é", ""])] = holder.pop(last)
             else:
                 holder[last] = copy.deepcopy(chance.choice(VALUES))
-        outcome = attempt(tmp_path, yaml.safe_dump(values), {"S": SECRET, "OPENAI_API_KEY": "k"})
+        outcome = attempt(
+            tmp_path, yaml.dump(values, Dumper=yaml.CSafeDumper), {"S": SECRET, "OPENAI_API_KEY": "k"}
+        )
         if isinstance(outcome, ConfigError):
             assert SECRET not in str(outcome)
             assert not [line for line in outcome.lines if "\n" in line]

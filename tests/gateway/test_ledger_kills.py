@@ -1,11 +1,13 @@
 """kill -9 at seeded random moments: no request without an end, none entered twice, no amount wrong."""
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,13 +23,27 @@ KILLS = int(os.environ.get("HEADGATE_TEST_KILLS", "30"))
 pytestmark = pytest.mark.chaos
 
 
-def run_and_kill(storage: Path, journal: Path, seed: int, mutant: str = "") -> None:
-    command = [sys.executable, "-m", "tests.support.ledger_worker", storage, journal, str(seed), mutant]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as worker:
-        assert worker.stdout.readline() == b"ready\n"
-        # When to kill, not a wait for something: up to four group commits of the writer.
-        time.sleep(random.Random(seed).uniform(0.0, 0.4))
-        worker.send_signal(signal.SIGKILL)
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[subprocess.Popen[str]]:
+    """Where workers come from."""
+    command = [sys.executable, "-m", "tests.support.ledger_worker"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as running:
+        yield running
+        running.stdin.close()
+
+
+def run_and_kill(
+    nursery: subprocess.Popen[str], storage: Path, journal: Path, seed: int, mutant: str = ""
+) -> None:
+    print(json.dumps([str(storage), str(journal), str(seed), mutant]), file=nursery.stdin, flush=True)
+    word, pid = nursery.stdout.readline().split()
+    assert word == "ready"
+    # When to kill, not a wait for something: up to four group commits of the writer.
+    time.sleep(random.Random(seed).uniform(0.0, 0.4))
+    os.kill(int(pid), signal.SIGKILL)
+    assert nursery.stdout.readline() == "gone\n"
 
 
 def faults(storage: Path, journal: Path) -> list[str]:
@@ -56,11 +72,11 @@ def faults(storage: Path, journal: Path) -> list[str]:
     return found
 
 
-def test_killed_workers_leave_every_request_with_one_right_row(tmp_path) -> None:
+def test_killed_workers_leave_every_request_with_one_right_row(nursery, tmp_path) -> None:
     journal = tmp_path / "journal"
     recovered = 0
     for seed in range(KILLS):
-        run_and_kill(tmp_path, journal, seed)
+        run_and_kill(nursery, tmp_path, journal, seed)
         recovered += recover_orphans(tmp_path)
         with database(tmp_path / DATABASE_NAME) as connection:
             assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)], f"seed {seed}"
@@ -73,10 +89,10 @@ def test_killed_workers_leave_every_request_with_one_right_row(tmp_path) -> None
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_the_kill_test_catches_broken_builds(tmp_path, mutant) -> None:
+def test_the_kill_test_catches_broken_builds(nursery, tmp_path, mutant) -> None:
     journal = tmp_path / "journal"
     for seed in range(100, 130):
-        run_and_kill(tmp_path, journal, seed, mutant)
+        run_and_kill(nursery, tmp_path, journal, seed, mutant)
         recover_orphans(tmp_path)
         if faults(tmp_path, journal):
             return

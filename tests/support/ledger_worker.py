@@ -1,11 +1,15 @@
-"""A worker that opens and closes requests as fast as it can, to be killed; its journal is the independent witness.
+"""Workers that open and close requests as fast as they can, to be killed; their journal is the independent witness.
 
-    python -m tests.support.ledger_worker STORAGE JOURNAL SEED [MUTANT]
+    python -m tests.support.ledger_worker
+
+Each line of its input, `["STORAGE", "JOURNAL", "SEED", "MUTANT"]`, is one worker: a process of its own, forked so that
+nothing is imported again. It says `ready PID` when that has begun, and `gone` when that has ended, however.
 
 Journal lines: `begin ID`, `opened ID` (from here on there must be a row), `ending ID COST` and `closed ID COST`
 (from here on that cost must be in it). A line is one write to an O_APPEND file: a kill leaves it whole.
 """
 
+import json
 import os
 import random
 import sys
@@ -27,7 +31,7 @@ def main(storage: str, journal: str, seed: str, mutant: str = "") -> None:
     ledger = Ledger(Path(storage), f"{seed}-{os.getpid()}", slots=SLOTS)
     descriptor = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     open_exchanges = []
-    print("ready", flush=True)
+    print(f"ready {os.getpid()}", flush=True)
     for number in range(1_000_000):
         while ledger.health().slots_in_use > SLOTS - 16:
             time.sleep(0.001)
@@ -46,4 +50,10 @@ def main(storage: str, journal: str, seed: str, mutant: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for line in sys.stdin:
+        worker = os.fork()
+        if worker == 0:
+            main(*json.loads(line))
+            os._exit(0)
+        os.waitpid(worker, 0)
+        print("gone", flush=True)
