@@ -5,6 +5,7 @@ policies must be able to judge an Exchange that `headgate explain` made up.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -68,11 +69,9 @@ class Caller(msgspec.Struct, frozen=True, eq=False):
         return self.organisation or self.team or self.key_id
 
 
-class Exchange(msgspec.Struct):
-    """One request's life. Fields are grouped by the stage that sets them; `_at` is `time.perf_counter()`.
-
-    A Struct for its constructor: one is made per request.
-    """
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """One request's life. Fields are grouped by the stage that sets them; `_at` is `time.perf_counter()`."""
 
     request_id: str
     dialect: Dialect
