@@ -50,3 +50,14 @@ def test_what_is_decoded_into_keeps_its_annotations() -> None:
                     if isinstance(field, ast.AnnAssign):
                         plain = isinstance(field.annotation, ast.Name | ast.Attribute)
                         assert plain, f"{source.name}:{field.lineno} belongs in a module that is not compiled"
+
+
+def test_structs_in_compiled_modules_say_nothing_that_compiling_drops() -> None:
+    """mypyc drops a class's keywords: a frozen struct is no longer hashed, `eq`, `rename`, `array_like` are without effect."""
+    listed = constant("COMPILED")
+    assert isinstance(listed, tuple)
+    for source in sources():
+        for node in ast.walk(source.tree):
+            if source.name in listed and isinstance(node, ast.ClassDef):
+                dropped = {keyword.arg for keyword in node.keywords} - {"frozen"}
+                assert not dropped, f"{source.name}:{node.lineno} belongs in a module that is not compiled"
