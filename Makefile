@@ -2,11 +2,15 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
+COMPILED := .venv-compiled
 BIN := $(VENV)/bin
 CONFIG ?= config.yaml
+# What the compiled build is tested with. Broken builds are made of the checkout, so they would show nothing here.
+COMPILED_TESTS := tests/e2e/test_compiled.py $(patsubst %,tests/e2e/test_%.py,openai_chat openai_errors openai_more anthropic \
+	incomplete cancel passthrough money limits edges bad_input idempotency routing sessions queue) tests/chaos/test_worker_kills.py
 
 .DEFAULT_GOAL := help
-.PHONY: help run run-vllm engine-cpu test test-chaos test-engine check lint format bench bench-quick bench-routing lock clean
+.PHONY: help run run-vllm engine-cpu wheel compiled test test-chaos test-compiled test-engine check lint format bench bench-quick bench-routing lock clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +25,13 @@ run-vllm: $(VENV)/.base ## Serve MODEL (a repository or a folder) with the vLLM 
 engine-cpu: ## Install vLLM for the CPU into .venv-engine (2.5 GB, once; Linux on x86-64)
 	@tests/engine/setup
 
+wheel: $(VENV)/.base ## Build the compiled wheel into dist (needs a C compiler; a minute or two)
+	@echo "Compiling the request path ..."
+	@rm -rf build dist
+	@HEADGATE_COMPILE=1 PIP_CONSTRAINT=$(CURDIR)/requirements-dev.lock $(BIN)/pip wheel -q --disable-pip-version-check --no-deps -w dist .
+
+compiled: $(COMPILED)/.installed ## Install the compiled wheel into .venv-compiled; .venv-compiled/bin/headgate is the command
+
 test: $(VENV)/.dev ## Install what the tests need and run them (under five minutes)
 	@tests/setup
 	@tests/run -n 6 --dist worksteal -m "not engine" --ignore tests/chaos
@@ -28,6 +39,10 @@ test: $(VENV)/.dev ## Install what the tests need and run them (under five minut
 test-chaos: $(VENV)/.dev ## Kill, freeze and flood everything, in small: seeded, two to four minutes
 	@tests/setup
 	@tests/run -n 6 --dist worksteal tests/chaos
+
+test-compiled: compiled $(VENV)/.dev ## Run what goes through the gateway against the compiled build (under five minutes)
+	@tests/setup
+	@HEADGATE_TEST_PYTHON=$(CURDIR)/$(COMPILED)/bin/python tests/run -n 6 --dist worksteal -k "not broken" $(COMPILED_TESTS)
 
 test-engine: $(VENV)/.dev ## Install CPU vLLM (2.5 GB, once) and run what needs a real engine
 	@tests/engine/setup
@@ -64,7 +79,7 @@ lock: ## Pin every version again (the base install with hashes)
 		--strip-extras --allow-unsafe -c requirements.lock -o requirements-dev.lock requirements-dev.in
 
 clean: ## Remove the virtual environments and build results (not the data in .headgate)
-	@rm -rf $(VENV) .venv-engine build bench/build *.egg-info .mypy_cache .ruff_cache
+	@rm -rf $(VENV) $(COMPILED) .venv-engine build dist bench/build *.egg-info .mypy_cache .ruff_cache
 
 $(VENV)/.base: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Headgate needs Python 3.11 or newer; this is " + sys.version.split()[0] + " (set PYTHON=...)" if sys.version_info < (3, 11) else 0)'
@@ -72,6 +87,13 @@ $(VENV)/.base: requirements.lock pyproject.toml
 	@echo "Installing the locked dependencies into $(VENV) ..."
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+$(COMPILED)/.installed: $(shell find gateway policies backends local_engine -name '*.py') setup.py pyproject.toml requirements.lock
+	@$(MAKE) --no-print-directory wheel
+	@$(PYTHON) -m venv $(COMPILED)
+	@$(COMPILED)/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	@$(COMPILED)/bin/python -m pip install -q --disable-pip-version-check --no-deps --force-reinstall dist/headgate-*.whl
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base requirements-dev.lock

@@ -19,10 +19,6 @@ USER_AGENT: Final = "headgate/0.1"
 _MAX_HEADS: Final = 32
 
 
-class _StreamOptions(msgspec.Struct):
-    include_usage: bool | None = None
-
-
 class Edits(msgspec.Struct, frozen=True):
     """What is changed in a body: top-level members left out, and members set, each as JSON text (`"top_p":1`).
 
@@ -103,11 +99,11 @@ def _ask_usage(options: bytes) -> bytes | None:
     if options == b"null":
         return b'{"include_usage":true}'
     try:
-        if msgspec.json.decode(options, type=_StreamOptions).include_usage is not None:
-            return None
         fields = msgspec.json.decode(options, type=dict[str, msgspec.Raw])
     except msgspec.DecodeError:
         return None  # the upstream says what is wrong with it
+    if bytes(fields.get("include_usage", b"null")) != b"null":
+        return None
     fields["include_usage"] = msgspec.Raw(b"true")
     return msgspec.json.encode(fields)
 

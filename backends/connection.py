@@ -49,8 +49,11 @@ class Keeper(Protocol):
     def on_gone(self, connection: "Connection") -> None: ...
 
 
-class Connection(asyncio.Protocol):
-    """Carries one exchange at a time. Times are the loop's clock."""
+class Connection:
+    """Carries one exchange at a time. Times are the loop's clock.
+
+    An `asyncio.Protocol` by its methods: with that base it could not be compiled to a class of its own.
+    """
 
     __slots__ = (
         "_deadlines",

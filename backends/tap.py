@@ -310,8 +310,8 @@ class Tap:
             self.error = data[:_ERROR_BYTES]
 
     def _untold_tokens(self) -> int:
-        events: float = self._text_events
-        text_bytes: float = self._text_bytes
+        events = float(self._text_events)
+        text_bytes = float(self._text_bytes)
         if self._other_bytes:
             seen_bytes, seen_events, seen_text = _measure(b"".join(self._sample))
             if seen_bytes:

@@ -7,6 +7,7 @@ socket opened is counted until it is closed; `send` either returns a Reply or le
 
 import asyncio
 from collections.abc import Callable
+from typing import cast
 
 from backends.connection import Connection, Deadlines
 from backends.dialing import dial
@@ -167,7 +168,7 @@ class ConnectionPool:
     async def _connect(self, loop: asyncio.AbstractEventLoop, limit_s: float) -> Connection:
         connection = Connection(self, loop, self._keepalive_s, self._max_head_bytes)
         try:
-            await dial(self.origin, connection, limit_s)
+            await dial(self.origin, cast("asyncio.Protocol", connection), limit_s)
         except BaseException:
             connection.close()
             raise

@@ -69,13 +69,21 @@ class _ChatUsage(msgspec.Struct):
     reasoning_tokens: _Count | None = None  # Perplexity, Databricks
 
 
-class _ResponsesUsage(_ChatUsage):
-    prompt_tokens: _Count | None = msgspec.field(name="input_tokens", default=None)
-    completion_tokens: _Count | None = msgspec.field(name="output_tokens", default=None)
-    prompt_tokens_details: _PromptDetails | None = msgspec.field(name="input_tokens_details", default=None)
-    completion_tokens_details: _OutputDetails | None = msgspec.field(
-        name="output_tokens_details", default=None
-    )
+_RESPONSES_NAMES: Final = {
+    "prompt_tokens": "input_tokens",
+    "completion_tokens": "output_tokens",
+    "prompt_tokens_details": "input_tokens_details",
+    "completion_tokens_details": "output_tokens_details",
+}
+
+
+class _ResponsesUsage(_ChatUsage, rename=_RESPONSES_NAMES):
+    """The same under the names of Responses."""
+
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
+    prompt_tokens_details: _PromptDetails | None = None
+    completion_tokens_details: _OutputDetails | None = None
 
 
 class _CacheCreation(msgspec.Struct):

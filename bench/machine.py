@@ -29,7 +29,12 @@ def describe(targets: Mapping[str, str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             about[name] = "not installed"
     about["wrk"] = native.version("wrk", "-v").split(" [")[0]
-    return about | {name: version for name, version in targets.items() if not name.startswith("headgate")}
+    builds = {"headgate", "headgate-compiled"}  # the others are these with another configuration
+    return about | {
+        name: version
+        for name, version in targets.items()
+        if name in builds or not name.startswith("headgate")
+    }
 
 
 def processor() -> str:

@@ -49,7 +49,7 @@ def version(*command: str) -> str:
     """The first line a program says about itself, or "unknown"."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     lines = (done.stdout + done.stderr).strip().splitlines()
     return lines[0].strip() if lines else "unknown"

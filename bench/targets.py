@@ -1,4 +1,4 @@
-"""What is measured: nginx, Headgate with its features off, with accounting on, with limits or an access log too, any command, and the mock hit directly.
+"""What is measured: nginx, Headgate with its features off, with accounting on, with limits or an access log too, compiled, any command, and the mock hit directly.
 
 A target knows how to start itself in front of the mock and which of its processes do the work; it knows nothing of scenarios.
 Every target serves POST /v1/chat/completions on 127.0.0.1 and takes the bench's key.
@@ -185,8 +185,24 @@ LIMITS = (
 )
 
 
+COMPILED_PYTHON = native.HERE.parent / ".venv-compiled/bin/python"
+
+
+def start_compiled(place: Place, name: str, *, is_limited: bool = False) -> Target:
+    """The compiled build that `make compiled` has installed, which may be of another commit than the checkout."""
+    if not COMPILED_PYTHON.exists():
+        raise native.BenchError(f"{name} needs the compiled build: make compiled")
+    return start_headgate(place, name, is_limited=is_limited, python=str(COMPILED_PYTHON))
+
+
 def start_headgate(
-    place: Place, name: str, *, is_priced: bool = True, logs: bool = False, is_limited: bool = False
+    place: Place,
+    name: str,
+    *,
+    is_priced: bool = True,
+    logs: bool = False,
+    is_limited: bool = False,
+    python: str = sys.executable,
 ) -> Target:
     port, management_port = processes.free_port(), processes.free_port()
     place.directory.mkdir(parents=True, exist_ok=True)
@@ -207,8 +223,9 @@ def start_headgate(
         },
     }
     config.write_text(json.dumps(settings, indent=1))  # JSON is YAML
-    command = [sys.executable, "-m", "gateway", "serve", "--config", str(config)]
-    return place.launch(name, command, port, native.version("git", "describe", "--always", "--dirty"))
+    program = [python, "-P", "-m", "gateway"]  # -P: what is installed there, not what lies here
+    version = native.version(*program, "version")
+    return place.launch(name, [*program, "serve", "--config", str(config)], port, version)
 
 
 DEFAULT = ("nginx", "headgate-off", "headgate")
@@ -217,5 +234,9 @@ STARTERS: dict[str, Callable[[Place], Target]] = {
     "headgate-off": lambda place: start_headgate(place, "headgate-off", is_priced=False),
     "headgate": lambda place: start_headgate(place, "headgate"),
     "headgate-limits": lambda place: start_headgate(place, "headgate-limits", is_limited=True),
+    "headgate-compiled": lambda place: start_compiled(place, "headgate-compiled"),
+    "headgate-compiled-limits": lambda place: start_compiled(
+        place, "headgate-compiled-limits", is_limited=True
+    ),
     "headgate-logs": lambda place: start_headgate(place, "headgate-logs", logs=True),
 }

@@ -53,8 +53,11 @@ _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
-class Connection(asyncio.Protocol):
-    """One client's connection: turns its bytes into requests and runs the handler on each."""
+class Connection:
+    """One client's connection: turns its bytes into requests and runs the handler on each.
+
+    An `asyncio.Protocol` by its methods: with that base it could not be compiled to a class of its own.
+    """
 
     __slots__ = (
         "_body_started_at",

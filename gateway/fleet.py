@@ -44,7 +44,8 @@ from gateway.control import (
 from gateway.exposition import Page
 from local_engine.processes import Backoff
 
-COMMAND: Final = (sys.executable, "-m", "gateway.worker")
+# -P: from where this very process has its code, which need not be the working directory (a compiled build in a checkout).
+COMMAND: Final = (sys.executable, "-P", "-m", "gateway.worker")
 # After the drain's own deadline: for settling, writing the ledger and leaving.
 EXIT_S: Final = 10.0
 _CHECK_S: Final = 1.0

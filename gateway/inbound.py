@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from email.utils import formatdate
 from math import inf
 from time import perf_counter
+from typing import cast
 
 from backends.outbox import Outbox
 from gateway.connection import Connection
@@ -68,7 +69,7 @@ class Server:
         self._turned_away_logged_at = -inf
 
     def __call__(self) -> asyncio.Protocol:
-        return Connection(self)
+        return cast("asyncio.Protocol", Connection(self))
 
     @property
     def open_connections(self) -> int:

@@ -289,8 +289,8 @@ class Keyring:
         self.declare(declared)
         self._connection: Connection | None = None
         self.refresh()
-        self._thread = threading.Thread(target=self._follow, name="keyring", daemon=True)
-        self._thread.start()
+        self._follower = threading.Thread(target=self._follow, name="keyring", daemon=True)
+        self._follower.start()
 
     def __repr__(self) -> str:
         return f"Keyring({len(self._hashes_of)} stored, {len(self._declared)} declared)"
@@ -402,7 +402,7 @@ class Keyring:
     def close(self) -> None:
         """Ends the thread; keys are still found afterwards."""
         self._stop.set()
-        self._thread.join()
+        self._follower.join()
         if self._connection is not None:
             self._connection.close()
 

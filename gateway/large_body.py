@@ -5,10 +5,13 @@ neither sockets nor what the bytes mean.
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import Final
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Final
 
 from gateway.http_rules import Refusal
+
+if TYPE_CHECKING:
+    from gateway.request import Request
 
 HELD_BYTES: Final = 1024 * 1024
 
@@ -68,3 +71,14 @@ class LargeBody:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+async def pieces_of(request: "Request") -> AsyncIterator[bytes]:
+    """A request's body as it comes; in one piece where it is not large. Raises Refusal as `Request.body` does."""
+    large = request.large_body
+    if large is None:
+        yield await request.body()
+        return
+    request.invite_body()
+    while piece := await large.take():
+        yield piece

@@ -80,8 +80,8 @@ class Ledger:
         self._last_error = ""
         self._logged_at = -_LOG_EVERY_S
         self._lost_logged = 0
-        self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
-        self._thread.start()
+        self._writer = threading.Thread(target=self._run, name="ledger", daemon=True)
+        self._writer.start()
 
     def open(self, exchange: Exchange) -> None:
         """Before the first dispatch: from here on the request has a row, even if the worker is killed."""
@@ -139,12 +139,12 @@ class Ledger:
         """
         self._is_stopping = True
         self._wake.set()
-        await asyncio.to_thread(self._thread.join, timeout_s)
+        await asyncio.to_thread(self._writer.join, timeout_s)
         left = list(self._rows)
         self._lost += sum(slot == NO_SLOT for _, slot in left)
         if self._lost > self._lost_logged:
             self._log_trouble(is_last=True)
-        if not self._thread.is_alive():
+        if not self._writer.is_alive():
             self._intents.close()
             if self._connection is not None:
                 self._connection.close()

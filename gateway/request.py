@@ -5,17 +5,16 @@ in, and hears from it when the answer has ended.
 """
 
 import asyncio
-import copy
 from collections.abc import AsyncIterator, Callable, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, Protocol
 
 from gateway.http_rules import Head, Refusal
+from gateway.large_body import LargeBody, pieces_of
 from gateway.recording import Recording
 
 if TYPE_CHECKING:
     from gateway.connection import Connection
-    from gateway.large_body import LargeBody
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -47,9 +46,8 @@ class Request:
         "_body_refusal",
         "_body_waiter",
         "_connection",
-        "_expects_continue",
+        "_head",
         "_is_chunked",
-        "_is_http11",
         "_is_open",
         "_keeps_alive",
         "_pause",
@@ -80,9 +78,8 @@ class Request:
         self.is_finished = False
         self.is_gone = False
         self._connection = connection
-        self._is_http11 = head.is_http11
+        self._head = head
         self._keeps_alive = head.keeps_alive
-        self._expects_continue = head.expects_continue
         self.body_here: bytes | None = None  # all of it, as sent; None: `body` is to be awaited
         self._body_refusal: Refusal | None = None
         self._body_waiter: asyncio.Future[bytes] | None = None
@@ -102,7 +99,7 @@ class Request:
             raise self._body_refusal
         if self._body_waiter is None:
             self._body_waiter = asyncio.get_running_loop().create_future()
-            self._invite_body()
+            self.invite_body()
         return await self._body_waiter
 
     def replace_body(self, body: bytes, content_type: bytes) -> None:
@@ -111,18 +108,13 @@ class Request:
         self.headers = {**self.headers, b"content-type": content_type}
         self.headers.pop(b"content-encoding", None)
 
-    async def pieces(self) -> AsyncIterator[bytes]:
+    def pieces(self) -> AsyncIterator[bytes]:
         """The body as it comes, for paths that take uploads (`Limits.upload_paths`). Raises Refusal as `body` does."""
-        large = self.large_body
-        if large is None:
-            yield await self.body()
-            return
-        self._invite_body()
-        while piece := await large.take():
-            yield piece
+        return pieces_of(self)
 
-    def _invite_body(self) -> None:
-        if self._expects_continue and not self.is_started:
+    def invite_body(self) -> None:
+        """Sends `100 Continue` to a client that waits for it."""
+        if self._head.expects_continue and not self.is_started:
             self._connection.invite_body()
 
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
@@ -146,8 +138,8 @@ class Request:
             headers = self.translation.begin(status, headers)
         if self.recording is not None:
             self.recording.begin(status, headers, is_stream=True)
-        self._is_chunked = self._is_http11
-        if not self._is_http11:
+        self._is_chunked = self._head.is_http11
+        if not self._head.is_http11:
             self._keeps_alive = False
         head = self._begin(status, headers, b"transfer-encoding: chunked\r\n" if self._is_chunked else b"")
         if head:
@@ -196,7 +188,10 @@ class Request:
 
     def unheard(self) -> "Request":
         """The same request, as if its client were gone: whatever is answered to it goes nowhere."""
-        twin = copy.copy(self)
+        twin = Request(self._connection, self._head, self.received_at)
+        twin.headers, twin.body_here = self.headers, self.body_here
+        twin.is_started, twin.is_finished = self.is_started, self.is_finished
+        twin.recording, twin.translation = self.recording, self.translation
         twin.lose()
         return twin
 
@@ -211,7 +206,7 @@ class Request:
             if not self._keeps_alive:
                 framing += b"connection: close\r\n\r\n"
             else:
-                framing += b"\r\n" if self._is_http11 else b"connection: keep-alive\r\n\r\n"
+                framing += b"\r\n" if self._head.is_http11 else b"connection: keep-alive\r\n\r\n"
             head = answer_head(status, connection.server.date_line, headers, framing)
         self.is_started = True
         return head

@@ -60,7 +60,7 @@ class Settler:
         self.locality = Locality()
         self._estimates: set[asyncio.Future[Usage]] = set()
         self.wasted_nanousd: dict[str, int] = {}  # by endpoint, since the start
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="estimate")
+        self._estimator = ThreadPoolExecutor(1, thread_name_prefix="estimate")
 
     def open(self, exchange: Exchange) -> None:
         """Before the first dispatch: from here on the request has a row even if this worker dies.
@@ -184,7 +184,7 @@ class Settler:
 
     def _estimate(self, exchange: Exchange, runtime: Runtime, tap: Tap) -> None:
         loop = asyncio.get_running_loop()
-        estimate = loop.run_in_executor(self._thread, tap.estimate, exchange.body_bytes)
+        estimate = loop.run_in_executor(self._estimator, tap.estimate, exchange.body_bytes)
         self._estimates.add(estimate)
         estimate.add_done_callback(functools.partial(self._estimated, exchange, runtime))
 
@@ -260,7 +260,7 @@ class Settler:
             await asyncio.wait(self._estimates)
 
     def stop(self) -> None:
-        self._thread.shutdown(wait=True)
+        self._estimator.shutdown(wait=True)
 
 
 def _end_attempt(exchange: Exchange, attempt: Attempt) -> None:

@@ -69,4 +69,4 @@ def _command(simulator: SimulatorConfig, replica: int, port: int) -> list[str]:
     settings = simulator.model_dump(exclude={"replicas", "seed"}, exclude_none=True, exclude_unset=True)
     settings |= {"host": _HOST, "port": port, "model": simulator.model, "seed": simulator.seed + replica}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    return [sys.executable, "-m", "local_engine.simulator", *options]
+    return [sys.executable, "-P", "-m", "local_engine.simulator", *options]

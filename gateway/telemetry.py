@@ -21,13 +21,16 @@ OTHER: Final = "other"
 # The buckets OpenTelemetry's GenAI conventions ask for.
 TOKEN_BOUNDS: Final = tuple(float(4**n) for n in range(14))
 DURATION_BOUNDS: Final = tuple(0.01 * 2**n for n in range(14))
-FIRST_TOKEN_BOUNDS: Final = (
+FIRST_TOKEN_BOUNDS: Final[tuple[float, ...]] = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1),
     *(0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
 )
-PER_TOKEN_BOUNDS: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+PER_TOKEN_BOUNDS: Final[tuple[float, ...]] = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2),
+    *(0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
+)
 # Ours: from 10 us, because the gateway's own share of a request is tens of microseconds, to a long stream.
-STAGE_BOUNDS: Final = (
+STAGE_BOUNDS: Final[tuple[float, ...]] = (
     *(1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3),
     *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0),
 )

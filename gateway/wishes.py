@@ -29,8 +29,8 @@ class _Conversation(msgspec.Struct):
     id: str
 
 
-class _Options(msgspec.Struct):
-    reject_if_busy: bool | None = msgspec.field(default=None, name=_REJECT_IF_BUSY)
+class _Options(msgspec.Struct, rename={"reject_if_busy": _REJECT_IF_BUSY}):
+    reject_if_busy: bool | None = None
 
 
 _read_conversation = msgspec.json.Decoder(str | _Conversation | None).decode

@@ -1,4 +1,4 @@
-"""The one record that travels with a request, and the caller it belongs to.
+"""The one record that travels with a request.
 
 Stages write to it, policies read it, `settle` turns it into a ledger row. It holds no HTTP objects: the
 policies must be able to judge an Exchange that `headgate explain` made up.
@@ -8,19 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
-import xxhash
-
 from backends.adapter import Edits
 from backends.dialect import Dialect
 from backends.json_object import JsonObject
 from backends.usage import Usage
+from policies.caller import Caller
 from policies.health.endpoint import Attempt
 from policies.placement.ask import Ask
 from policies.placement.conversations import Known
 from policies.placement.hold import Hold
 from policies.placement.priority import DEFAULT
 from policies.waste import Waste
+
+__all__ = ["Caller", "Ended", "Exchange", "OnFull"]
 
 if TYPE_CHECKING:
     from policies.limits.holding import Reservation
@@ -44,29 +44,6 @@ Ended = Literal[
     "interrupted",  # the worker died; written by whoever found the intent
     "failed",  # a bug of ours (500)
 ]
-
-
-class Caller(msgspec.Struct, frozen=True, eq=False):
-    """Who asks: one key, its name, team and organisation, what it may use."""
-
-    key_id: str
-    name: str
-    team: str = ""
-    models: frozenset[str] | None = None  # None: every model; patterns may end in `*`
-    expires_time: float | None = None  # wall clock, seconds
-    tags: tuple[str, ...] = ()
-    organisation: str = ""  # the team's
-    priority: int = DEFAULT  # place in policies.placement.priority.PRIORITIES
-    scope: int = 0  # of hashes that tenants must not share
-
-    def __post_init__(self) -> None:
-        scope = xxhash.xxh3_64_intdigest((self.team or self.key_id).encode())
-        msgspec.structs.force_setattr(self, "scope", scope)
-
-    @property
-    def tenant(self) -> str:
-        """Within which an end user's id means one person."""
-        return self.organisation or self.team or self.key_id
 
 
 @dataclass(slots=True, eq=False)

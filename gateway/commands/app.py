@@ -9,6 +9,7 @@ from gateway.commands.check import check
 from gateway.commands.explain import explain
 from gateway.commands.serve import serve
 from gateway.commands.status import status
+from gateway.compiled import build_name
 
 app = typer.Typer(
     name="headgate",
@@ -34,5 +35,5 @@ app.add_typer(engine.app, name="engine")
 
 @app.command()
 def version() -> None:
-    """The version of Headgate."""
-    print(metadata.version("headgate"))
+    """The version of Headgate, and whether its request path is compiled."""
+    print(f"{metadata.version('headgate')} ({build_name()})")

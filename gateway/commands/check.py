@@ -16,6 +16,7 @@ from rich.markup import escape
 from gateway.catalog import CatalogBuilder, Upstreams
 from gateway.commands.prices import price_text, usd_per_million_tokens
 from gateway.commands.tables import Column, print_table
+from gateway.compiled import build_name
 from gateway.config import DEFAULT_PATH, Config, load
 from gateway.config_file import ConfigError
 from gateway.config_reference import schema as config_schema
@@ -83,6 +84,7 @@ def describe(config: Config) -> dict[str, Any]:
         models.append({"name": name, "aliases": model.aliases, "targets": targets})
     keys = config.declared_keys()
     return {
+        "build": build_name(),
         "listeners": {
             "data_plane": f"{config.server.host}:{config.server.port}",
             "management": f"{config.management.host}:{config.management.port}",
@@ -131,6 +133,7 @@ def _print(path: Path, found: dict[str, Any]) -> None:
         "data plane": f"{listeners['data_plane']}, workers: {found['workers']}",
         "management": listeners["management"],
         "unknown prices": found["unknown_prices"],
+        "build": found["build"],
     }
     for name, value in shown.items():
         console.print(f"[bold]{name:<15}[/] {escape(value)}", highlight=False, soft_wrap=True)

@@ -16,6 +16,8 @@ import apsw
 import yaml
 
 ROOT = Path(__file__).parents[2]
+# The interpreter of an installed build that is to be tested instead of the checkout (`make test-compiled`).
+INSTALLED_PYTHON = os.environ.get("HEADGATE_TEST_PYTHON", "")
 KEY = "sk-test-6f1c2a9b8d7e4f30"  # declared in the configuration of every test gateway
 OPERATOR_KEY = "op-test-51c07d3e9a6b42f8"
 
@@ -79,9 +81,12 @@ class Gateway:
     def start(self, ready_s: float = 180.0) -> None:
         self.write_config()
         environment = {k: v for k, v in os.environ.items() if not k.endswith(("_API_KEY", "_BASE_URL"))}
+        python = [sys.executable]
+        if INSTALLED_PYTHON and self.module == "gateway":  # broken builds are made of the checkout
+            python = [INSTALLED_PYTHON, "-P"]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", self.module, "serve", "--config", str(self.config_path)],
+                [*python, "-m", self.module, "serve", "--config", str(self.config_path)],
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,

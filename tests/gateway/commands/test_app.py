@@ -11,8 +11,8 @@ from gateway.commands.app import app
 ROOT = Path(__file__).parents[3]
 
 
-def test_the_version_is_the_installed_one():
-    assert CliRunner().invoke(app, ["version"]).output == metadata.version("headgate") + "\n"
+def test_the_version_is_the_installed_one_and_says_that_a_checkout_is_pure():
+    assert CliRunner().invoke(app, ["version"]).output == metadata.version("headgate") + " (pure Python)\n"
 
 
 def test_without_a_command_the_commands_are_listed():
