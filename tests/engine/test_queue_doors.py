@@ -80,3 +80,32 @@ def test_the_native_form_is_answered(gateway):
     assert status == 200
     assert isinstance(result["response"], str)
     assert result["usage"]["completion_tokens"] == 4
+
+
+def test_jobs_take_the_slots_that_are_left_and_none_that_is_kept(engines, tmp_path):
+    """Of each engine's four slots one stays free for whoever comes; a backlog takes all others."""
+    placement = {"max_in_flight": 4}
+    pools = {"gpu": {"endpoints": [replica.base_url for replica in engines.chat], "placement": placement}}
+    models = {"tiny": {"targets": [{"pool": "gpu"}], "price": {"input": 1.0, "output": 4.0}}}
+    queue = {"enabled": True, "trickle_s": 3600}
+    with Gateway(tmp_path, workers=2, queue=queue, pools=pools, models=models) as gateway:
+        gateway.manage("/api/jobs/drain", "POST")
+        for n in range(30):
+            body = {
+                "model": "tiny",
+                "max_tokens": 64,
+                "ignore_eos": True,
+                "messages": [{"role": "user", "content": f"go on {n}"}],
+            }
+            status, _, answer = gateway.post("/v1/jobs", {"endpoint": URL, "body": body})
+            assert status == 202, answer
+        gateway.manage("/api/jobs/drain", "DELETE")
+        running = []
+        deadline = time.monotonic() + 600
+        while (states := gateway.manage("/api/jobs/stats")["states"]).get("succeeded", 0) < 30:
+            assert time.monotonic() < deadline, states
+            running.append(gateway.metrics().get('headgate_queue_running{pool="gpu"}', 0))
+            time.sleep(0.05)
+        assert set(states) == {"succeeded"}, states
+        assert 3 <= max(running) <= 6, running
+    assert "Traceback" not in gateway.log()
