@@ -66,7 +66,7 @@ def configured(directory, upstream_url: str, redis: RedisServer | None):
         "expires_s": 120,
         "attempts": 20,
         "webhooks": {"networks": ["127.0.0.0/8"]},
-        "files": {"keep_s": 60},
+        "files": {"keep_s": 3600},  # each is deleted; here it is not to be gone before
     }
     return loaded_gateway(
         directory,

@@ -78,7 +78,7 @@ class Soak:
         )
         shares = (50, 8, 10, 6, 8, 6, 1)
         headers = {"authorization": f"Bearer {KEY}"}
-        timeout = aiohttp.ClientTimeout(total=120)
+        timeout = aiohttp.ClientTimeout(total=600)
         connector = aiohttp.TCPConnector(limit=0)
         tasks: set[asyncio.Task[None]] = set()
         self._began_at = sampled_at = time.monotonic()
