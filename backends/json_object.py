@@ -32,7 +32,7 @@ class Member(NamedTuple):
     value_end: int
 
 
-class JsonObject(msgspec.Struct, eq=False):
+class JsonObject(msgspec.Struct):
     """The top level of a body: its members' values undecoded, and where they lie, found when first asked for."""
 
     body: bytes

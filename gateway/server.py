@@ -123,10 +123,8 @@ class Server:
                 await self._start(ending)
                 await self._stop.wait()
                 _notify("STOPPING=1")
-                _log.info(
-                    "draining; a second signal cuts it short",
-                    extra={"timeout_s": self._config.server.drain_timeout_s},
-                )
+                timeout_s = self._config.server.drain_timeout_s
+                _log.info("draining; a second signal cuts it short", extra={"timeout_s": timeout_s})
         except _Stopped:
             pass
         except (ListenError, WorkerError, StartError, StorageError) as error:

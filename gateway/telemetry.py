@@ -73,10 +73,7 @@ _MONEY_COUNTERS: Final = {
         "unknown_price",
         "Billed requests with usage but no known price.",
     ),
-    "headgate_unknown_usage_requests_total": (
-        "unknown_usage",
-        "Billed requests whose usage was not reported.",
-    ),
+    "headgate_unknown_usage_requests_total": ("unknown_usage", "Billed requests without a reported usage."),
     "headgate_estimated_requests_total": ("estimated", "Billed requests whose usage is an estimate."),
 }
 

@@ -60,7 +60,7 @@ def _has_queue(endpoint: EndpointLoad, reserve: float) -> bool:
     """Whether requests wait in the engine for longer than until its next step.
 
     Whoever has just come waits so long in every engine: as many as are kept free for them, while there are slots, are no
-    queue. Taken for one, they closed the gate for a second, every third second (measured; decision 0035).
+    queue. Taken for one, they closed the gate for a second, every third second (measured; decision 0032).
     """
     if not endpoint.max_in_flight or endpoint.running + endpoint.waiting > endpoint.max_in_flight:
         return endpoint.waiting > 0

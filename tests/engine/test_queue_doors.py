@@ -5,6 +5,9 @@ import time
 
 import pytest
 
+from tests.engine.conftest import ENGINE_KEY
+from tests.support.gateway_process import Gateway
+
 pytestmark = pytest.mark.engine
 
 ENDED = {"completed", "failed", "cancelled", "expired", "incomplete"}
@@ -82,10 +85,11 @@ def test_the_native_form_is_answered(gateway):
     assert result["usage"]["completion_tokens"] == 4
 
 
-def test_jobs_take_the_slots_that_are_left_and_none_that_is_kept(engines, tmp_path):
+def test_jobs_take_the_slots_that_are_left_and_none_that_is_kept(replicas, tmp_path):
     """Of each engine's four slots one stays free for whoever comes; a backlog takes all others."""
     placement = {"max_in_flight": 4}
-    pools = {"gpu": {"endpoints": [replica.base_url for replica in engines.chat], "placement": placement}}
+    endpoints = [replica.base_url for replica in replicas]
+    pools = {"gpu": {"endpoints": endpoints, "api_key": ENGINE_KEY, "placement": placement}}
     models = {"tiny": {"targets": [{"pool": "gpu"}], "price": {"input": 1.0, "output": 4.0}}}
     queue = {"enabled": True, "trickle_s": 3600}
     with Gateway(tmp_path, workers=2, queue=queue, pools=pools, models=models) as gateway:
