@@ -3,7 +3,6 @@
 import json
 import re
 import time
-import urllib.request
 from datetime import UTC, datetime
 
 import anthropic
@@ -17,7 +16,7 @@ from gateway.stores.sqlite import open_database
 from gateway.webhooks import read_secret, signature
 from tests.e2e.conftest import PRICE, UPSTREAM_KEY
 from tests.e2e.raw import USER
-from tests.support.gateway_process import OPERATOR_KEY, Gateway
+from tests.support.gateway_process import Gateway
 
 pytestmark = pytest.mark.e2e
 
@@ -206,15 +205,6 @@ def test_each_end_user_has_a_limit_where_the_key_is_trusted_to_say_who(limited):
 
 
 def test_a_blocked_team_is_out_within_seconds_and_back_again(limited):
-    def manage(method: str, path: str, body: dict) -> None:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{limited.management_port}{path}",
-            json.dumps(body).encode(),
-            {"authorization": f"Bearer {OPERATOR_KEY}"},
-            method=method,
-        )
-        urllib.request.urlopen(request, timeout=30).close()
-
     def until(refusal: type[Exception] | None, reason: str = "") -> None:
         """Every worker, hence several times."""
         deadline, streak = time.monotonic() + 40, 0
@@ -229,15 +219,15 @@ def test_a_blocked_team_is_out_within_seconds_and_back_again(limited):
             streak = streak + 1 if is_so else 0
 
     until(None)
-    manage("POST", "/api/teams", {"name": "moving", "blocked": True})
+    limited.manage("/api/teams", "POST", {"name": "moving", "blocked": True})
     until(openai.PermissionDeniedError, "key_blocked")
-    manage("PATCH", "/api/teams/moving", {"blocked": False})
+    limited.manage("/api/teams/moving", "PATCH", {"blocked": False})
     until(None)
-    manage("PUT", "/api/limits", {"scope": "team:moving", "requests": 0, "per": "day"})
+    limited.manage("/api/limits", "PUT", {"scope": "team:moving", "requests": 0, "per": "day"})
     until(openai.RateLimitError, "rate_limit_exceeded")
-    manage(
-        "PUT",
+    limited.manage(
         "/api/limits/raised",
+        "PUT",
         {"scope": "team:moving", "name": "requests-day", "amount": 1000, "until": "1h"},
     )
     until(None)
@@ -266,7 +256,11 @@ def test_a_limit_that_comes_near_is_told_once_to_who_asked(limited, upstreams):
 
 
 def test_what_was_counted_is_what_the_ledger_says(limited):
-    """After all of the above: streams, refusals, a client that left."""
+    """And of all of the above where they ran before it: streams, refusals, a client that left."""
+    for name in ("told", "spender", "changing"):
+        with sdk(limited, name) as client:
+            ask(client)
+    limited.manage("/api/limits", "PUT", {"scope": "key:changing", "tokens": 1_000_000, "per": "day"})
 
     def run(command: str) -> dict:
         result = CliRunner().invoke(app, ["ledger", command, "-c", str(limited.config_path), "--json"])
