@@ -14,7 +14,7 @@ from gateway.large_body import LargeBody, pieces_of
 from gateway.recording import Recording
 
 if TYPE_CHECKING:
-    from gateway.connection import Connection
+    from gateway.inbound import Server
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -37,6 +37,24 @@ class Translation(Protocol):
 
     def rest(self) -> bytes:
         """What was held back until the end."""
+
+
+class Client(Protocol):
+    """What a request asks of the connection it came on. By shape, because what stands in for one in the queue is none."""
+
+    server: "Server"
+    peer: str
+    is_write_paused: bool
+
+    def may_keep_alive(self) -> bool: ...
+
+    def invite_body(self) -> None: ...
+
+    def write(self, data: bytes) -> None: ...
+
+    def end_after_answer(self) -> None: ...
+
+    def break_off(self, *, with_reset: bool) -> None: ...
 
 
 class Request:
@@ -67,7 +85,7 @@ class Request:
         "translation",
     )
 
-    def __init__(self, connection: "Connection", head: Head, received_at: float) -> None:
+    def __init__(self, connection: Client, head: Head, received_at: float) -> None:
         self.method = head.method
         self.path = head.path  # as sent, still percent-encoded
         self.query = head.query

@@ -6,16 +6,13 @@ Owns where a stream is cut into events, and what the first of them says. Refuses
 import re
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, cast
+from typing import Final, cast
 
 import msgspec
 
 from gateway.http_rules import Head
 from gateway.recording import Recording
-from gateway.request import Request
-
-if TYPE_CHECKING:
-    from gateway.connection import Connection
+from gateway.request import Client, Request
 
 Pairs = Sequence[tuple[bytes, bytes]]
 
@@ -36,7 +33,7 @@ def stand_in(path: str, headers: dict[bytes, bytes], transcript: "Transcript") -
     """A POST whose client is gone: its answer is written to the transcript alone."""
     head = Head(b"POST %b HTTP/1.1\r\nhost: queue\r\n\r\n" % path.encode(), 8192, 8)
     head.headers = headers
-    request = Request(cast("Connection", _Nobody()), head, time.perf_counter())
+    request = Request(cast("Client", _Nobody()), head, time.perf_counter())
     request.lose()
     request.recording = transcript
     return request
