@@ -158,8 +158,7 @@ def conclude(
     print(report.tables(chosen, runs, quick=options.quick))
     print("\n".join(report.ratio_table(chosen, runs)), end="\n\n")
     print("\n".join(report.standing_table(standings, runs)), end="\n\n")
-    if any(standing.target == report.PRODUCT for standing in standings):
-        print("\n".join(report.goal_table(report.goals(chosen, runs, standings, report.PRODUCT))), end="\n\n")
+    print("\n".join(report.goal_tables(chosen, runs, standings)), end="\n\n")
     (native.BUILD / "runs.jsonl").write_text("".join(run.to_json() + "\n" for run in runs))
     if options.results:
         about = describe({standing.target: standing.version for standing in standings})

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from bench.scenarios import Run, Scenario
 
 REFERENCE = "nginx"
-PRODUCT = "headgate"
+PRODUCTS = ("headgate", "headgate-compiled")  # what the goals are for
 MERGED_BAR = 0.8  # reads per chunk; below it, with nothing saturated, chunks were held back
 
 
@@ -228,6 +228,16 @@ def mid(figures: Sequence[float]) -> float | None:
     return median(figures) if figures else None
 
 
+def goal_tables(chosen: Sequence[Scenario], runs: Sequence[Run], standings: Sequence[Standing]) -> list[str]:
+    """One for each build of the product that was measured."""
+    measured = {run.target for run in runs}
+    lines = []
+    for target in PRODUCTS:
+        if target in measured:
+            lines += [f"{target}:", "", *goal_table(goals(chosen, runs, standings, target)), ""]
+    return lines
+
+
 def goal_table(reached: Sequence[Goal]) -> list[str]:
     return aligned([["goal", "measured", "must", "aim", ""], *(goal.row() for goal in reached)])
 
@@ -274,14 +284,13 @@ def results(
         f"round, median. Other load: cores used by other programs. Rounds: {rounds}; other programs used {median(others):.1f} cores in the median run, {max(others):.1f} at most.",
         "",
         "- **headgate**: accounting on (key, limits, affinity, price, ledger row, metrics). **headgate-off**: the same program with",
-        "  what can be switched off switched off.",
+        "  what can be switched off switched off. **headgate-compiled**: accounting on, the compiled wheel (`make compiled`).",
         "",
         *aligned([["", ""], *([name, value] for name, value in about.items())]),
         "",
         "## Goals",
         "",
-        *goal_table(goals(chosen, runs, standings, PRODUCT)),
-        "",
+        *goal_tables(chosen, runs, standings),
         "## CPU against nginx",
         "",
         *ratio_table(chosen, runs),

@@ -135,7 +135,7 @@ def _scaled(steps: Steps | None, factor: Decimal) -> Steps | None:
         return int((rate * factor).quantize(Decimal(1), ROUND_HALF_EVEN))
 
     return tuple(
-        (above, Rates._make(rate if isinstance(rate, bool) else scaled(rate) for rate in rates))
+        (above, Rates._make((*map(scaled, rates[:10]), rates.has_input, rates.has_output)))
         for above, rates in steps
     )
 
