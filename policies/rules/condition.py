@@ -7,33 +7,32 @@ so no text of a client's makes one slow).
 """
 
 import difflib
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from cel_expr_python import cel
-
 # Dynamic where whole and broken numbers are to be compared with each other: CEL itself would refuse `x > 0`.
-VARIABLES: Final[Mapping[str, Any]] = {
-    "model": cel.Type.STRING,
-    "dialect": cel.Type.STRING,
-    "stream": cel.Type.BOOL,
-    "max_tokens": cel.Type.INT,
-    "session": cel.Type.BOOL,
-    "key": cel.Type.STRING,
-    "team": cel.Type.STRING,
-    "tags": cel.Type.List(cel.Type.STRING),
-    "headers": cel.Type.Map(cel.Type.STRING, cel.Type.STRING),
-    "metadata": cel.Type.Map(cel.Type.STRING, cel.Type.DYN),
-    "body": cel.Type.Map(cel.Type.STRING, cel.Type.DYN),
-    "input_bytes": cel.Type.INT,
-    "input_tokens": cel.Type.INT,
-    "turns": cel.Type.INT,
-    "tools": cel.Type.INT,
-    "complexity": cel.Type.STRING,
-    "risk": cel.Type.STRING,
-    "budget_used": cel.Type.DYN,
-    "now": cel.Type.TIMESTAMP,
+VARIABLES: Final[Mapping[str, str]] = {
+    "model": "string",
+    "dialect": "string",
+    "stream": "bool",
+    "max_tokens": "int",
+    "session": "bool",
+    "key": "string",
+    "team": "string",
+    "tags": "list(string)",
+    "headers": "map(string, string)",
+    "metadata": "map(string, dyn)",
+    "body": "map(string, dyn)",
+    "input_bytes": "int",
+    "input_tokens": "int",
+    "turns": "int",
+    "tools": "int",
+    "complexity": "string",
+    "risk": "string",
+    "budget_used": "dyn",
+    "now": "timestamp",
 }
 # Held back from conditions: secrets.
 _SECRET_HEADERS: Final = frozenset({"authorization", "x-api-key", "api-key", "cookie", "proxy-authorization"})
@@ -100,7 +99,9 @@ class Condition:
         if value is True or value is False:
             return value
         return (
-            _failure(str(value)) if found.type() == cel.Type.ERROR else f"it is {value!r:.60}, not a boolean"
+            _failure(str(value))
+            if found.type() == _language().types.ERROR
+            else f"it is {value!r:.60}, not a boolean"
         )
 
 
@@ -110,19 +111,42 @@ Activation = Any
 
 def activation(values: dict[str, Any]) -> Activation:
     """Values by the names of VARIABLES. A name that no condition reads may be missing."""
-    return _ENVIRONMENT.Activation(values)
+    return _language().environment.Activation(values)
 
 
-_ENVIRONMENT: Final = cel.NewEnv(variables=dict(VARIABLES))
+class _Language(NamedTuple):
+    environment: Any
+    types: Any  # `cel.Type`
+
+
+@functools.cache
+def _language() -> _Language:
+    """CEL with our variables: loaded by the first condition, because it takes 6 MB of every worker."""
+    from cel_expr_python import cel
+
+    told = cel.Type
+    types = {
+        "string": told.STRING,
+        "bool": told.BOOL,
+        "int": told.INT,
+        "dyn": told.DYN,
+        "timestamp": told.TIMESTAMP,
+        "list(string)": told.List(told.STRING),
+        "map(string, string)": told.Map(told.STRING, told.STRING),
+        "map(string, dyn)": told.Map(told.STRING, told.DYN),
+    }
+    variables = {name: types[kind] for name, kind in VARIABLES.items()}
+    return _Language(cel.NewEnv(variables=variables), told)
 
 
 def _compiled(text: str) -> Any:
+    language = _language()
     try:
-        expression = _ENVIRONMENT.compile(text)
+        expression = language.environment.compile(text)
     except RuntimeError as error:
         raise ValueError(_explained(str(error), text)) from None
     kind = expression.return_type()
-    if kind not in (cel.Type.BOOL, cel.Type.DYN):
+    if kind not in (language.types.BOOL, language.types.DYN):
         raise ValueError(f"is {_article(kind.name())}, not true or false: compare it with something")
     return expression
 
