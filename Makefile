@@ -34,7 +34,7 @@ compiled: $(COMPILED)/.installed ## Install the compiled wheel into .venv-compil
 
 test: $(VENV)/.dev ## Install what the tests need and run them (under five minutes)
 	@tests/setup
-	@tests/run -n 6 --dist worksteal -m "not engine" --ignore tests/chaos
+	@tests/run -n 6 --dist worksteal --ignore tests/chaos --ignore tests/engine
 
 test-chaos: $(VENV)/.dev ## Kill, freeze and flood everything, in small: seeded, two to four minutes
 	@tests/setup
